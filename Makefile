@@ -1,0 +1,64 @@
+# Every target builds .venv first if it is missing or older than pyproject.toml; nothing needs to be installed beforehand but Python >= 3.10.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+# pytest-xdist workers; 0 runs the tests in one process (for a debugger).
+WORKERS ?= auto
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal --durations=15 --durations-min=2
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help install train eval test test-slow lint format bench figures clean
+
+help: ## show this list
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@printf '\nVariables: PYTHON=%s  VENV=%s  WORKERS=%s (test processes)  ARGS="hydra overrides or pytest arguments"\n' '$(PYTHON)' '$(VENV)' '$(WORKERS)'
+	@printf 'Example:   make train ARGS="model=mobilenet_v1 condconv.experts=4"\n'
+
+install: $(STAMP) ## create .venv and install everything into it
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "condconv needs Python >= 3.10, $(PYTHON) is " + sys.version.split()[0] + "; use make PYTHON=python3.12")'
+	@echo "Installing into $(VENV): a few minutes, several GB (torch brings its CUDA libraries on Linux) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train,dev,export]'
+	@touch $(STAMP)
+
+train: $(STAMP) ## train (embedded digits unless ARGS says otherwise), then evaluate the checkpoint
+	@run=outputs/$$(date +%Y-%m-%d_%H-%M-%S); \
+	$(BIN)/python train.py $(ARGS) hydra.run.dir=$$run; \
+	echo; echo "Evaluating the saved checkpoint:"; \
+	$(BIN)/python eval.py ckpt=$$(find $$run -name last.ckpt | head -n 1); \
+	echo; echo "Everything of this run is in $$run"
+
+eval: $(STAMP) ## evaluate a checkpoint: make eval ARGS="ckpt=outputs/.../last.ckpt"
+	@$(BIN)/python eval.py $(ARGS)
+
+test: $(STAMP) ## run the test suite
+	@$(PYTEST) $(ARGS)
+
+test-slow: $(STAMP) ## run the test suite with the tests that take minutes
+	@$(PYTEST) --slow --timeout=1800 $(ARGS)
+
+lint: $(STAMP) ## check style, formatting and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(STAMP) ## repair style and formatting in place
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(STAMP) ## measure the backends on this machine
+	@$(BIN)/python -m benchmarks.ops $(ARGS)
+
+figures: $(STAMP) ## redraw the pictures of docs/
+	@$(BIN)/python docs/figures/make_idea.py
+
+clean: ## remove caches and builds; keeps .venv and outputs
+	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
