@@ -1,0 +1,81 @@
+"""Order and randomness of the examples, as pure functions of (seed, epoch, index).
+
+Nothing here depends on the number of workers or processes, nor on what was drawn before: the same seed gives the same
+images in the same global batches on any machine, and a run that resumes in the middle of an epoch sees what the
+uninterrupted run would have seen.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+Key = int | tuple[int, int]
+Batch = tuple[Tensor, Tensor]
+
+
+def split_key(key: Key) -> tuple[int, int]:
+    """`(epoch, index)` of a sampler's key. Plain indices (evaluation, or a sampler of Lightning's) mean epoch 0."""
+    return key if isinstance(key, tuple) else (0, key)
+
+
+def example_seed(*parts: int) -> int:
+    """A 64-bit seed that depends on every part, such as (seed, epoch, index); neighbours get unrelated seeds."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
+
+
+@contextmanager
+def example_rng(*parts: int) -> Iterator[None]:
+    """Seeds torch's default CPU generator with `example_seed(*parts)` inside the block and restores it afterwards."""
+    generator = torch.default_generator
+    state = generator.get_state()
+    generator.manual_seed(example_seed(*parts))
+    try:
+        yield
+    finally:
+        generator.set_state(state)
+
+
+class EpochSampler(DistributedSampler):
+    """Shuffles the training set anew every epoch and yields keys `(epoch, index)`.
+
+    The epoch travels with the key because persistent workers never see an attribute that is set later. Processes take
+    every world-size-th example, so the union of their k-th batches is the same for any number of processes. The few
+    examples that the number of processes does not divide are dropped. Lightning calls `set_epoch` and leaves
+    subclasses of DistributedSampler in place.
+    """
+
+    def __init__(self, num_examples: int, *, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+        super().__init__(range(num_examples), world_size, rank, shuffle=True, seed=seed, drop_last=True)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]  # keys carry the epoch
+        for index in super().__iter__():
+            yield self.epoch, index
+
+
+class ImageDataset(Dataset):
+    """A map from a sampler's key to one example (or, by `__getitems__`, from a list of keys to a whole batch)."""
+
+    def collate(self, examples: Any) -> Batch | None:
+        """What the fetched examples become: `(images uint8 [N,3,H,W], labels int64 [N])`, or None for no example."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Called in the main process after every fetched batch, to report what the workers met."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+class ImageLoader(DataLoader):
+    """A DataLoader that lets the dataset report after every batch and leaves out batches without any example."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in super().__iter__():
+            self.dataset.check()
+            if batch is not None:
+                yield batch
