@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal --durat
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install train eval test test-slow lint format bench figures clean
+.PHONY: help install train eval test test-slow lint format bench docs clean
 
 help: ## show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -28,12 +28,14 @@ $(STAMP): pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train,dev,export]'
 	@touch $(STAMP)
 
-train: $(STAMP) ## train (embedded digits unless ARGS says otherwise), then evaluate the checkpoint
-	@run=outputs/$$(date +%Y-%m-%d_%H-%M-%S); \
-	$(BIN)/python train.py $(ARGS) hydra.run.dir=$$run; \
-	echo; echo "Evaluating the saved checkpoint:"; \
-	$(BIN)/python eval.py ckpt=$$(find $$run -name last.ckpt | head -n 1); \
-	echo; echo "Everything of this run is in $$run"
+train: $(STAMP) ## train (embedded digits unless ARGS says otherwise), then evaluate the saved checkpoints
+	@mkdir -p outputs; start=$$(mktemp); trap 'rm -f "$$start"' EXIT; \
+	$(BIN)/python train.py $(ARGS); \
+	find outputs -name last.ckpt -newer "$$start" | sort | while read -r ckpt; do \
+		printf '\nEvaluating the checkpoint, rebuilt from its own folder: make eval ARGS="ckpt=%s"\n' "$$ckpt"; \
+		$(BIN)/python eval.py ckpt="$$ckpt" < /dev/null; \
+		printf 'Checkpoints, metrics.csv and config.yaml: %s\n' "$$(dirname "$$(dirname "$$ckpt")")"; \
+	done
 
 eval: $(STAMP) ## evaluate a checkpoint: make eval ARGS="ckpt=outputs/.../last.ckpt"
 	@$(BIN)/python eval.py $(ARGS)
@@ -56,8 +58,9 @@ format: $(STAMP) ## repair style and formatting in place
 bench: $(STAMP) ## measure the backends on this machine
 	@$(BIN)/python -m benchmarks.ops $(ARGS)
 
-figures: $(STAMP) ## redraw the pictures of docs/
+docs: $(STAMP) ## redraw the picture and recompute the table of README.md
 	@$(BIN)/python docs/figures/make_idea.py
+	@$(BIN)/python docs/backbone_table.py
 
 clean: ## remove caches and builds; keeps .venv and outputs
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
