@@ -16,7 +16,7 @@ from models import create_model
 README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- table: docs/backbone_table.py -->\n", "<!-- end of table -->"
 EXPERTS = 8
-# Name, how it is written, what the paper's placement replaces. PAPER rows first, in the order of the paper's main table.
+# Name, how it is written, what the placement replaces.
 BACKBONES = (
     ("mobilenet_v1", "MobileNetV1", "blocks 6 to 13, classifier"),
     ("mobilenet_v2", "MobileNetV2", "last 6 blocks, classifier"),
