@@ -1,0 +1,243 @@
+"""Turn the layers of any network into CondConv layers, in place, with one router per block.
+
+Yang et al., *CondConv*, NeurIPS 2019: the router pools the input of the block, and its routing weights are used by all
+CondConv layers of that block. A converted block has a submodule `router`; its convolutions keep their names and have
+weights [E, K, C/G, R, S], so keys read `blocks.4.0.conv_pw.weight` and `blocks.4.0.router.fc.weight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from condconv.initializers import CondLayer, LayerInit, check_init, initialize_experts
+from condconv.layers import CondConv2d, CondLinear
+from condconv.patterns import nearest
+from condconv.routing import ROUTINGS, Router, build_router
+from condconv.selection import UnitPlan, is_conv2d_same, observe, plan_units
+from condconv.sharing import RoutingUnit, attach
+
+Patterns = str | Sequence[str]
+
+NETWORK_WIDE = ("single", "partially_shared", "hierarchical")
+"""Routing functions in which a block needs the routing weights of the block before it."""
+
+
+@dataclass(frozen=True)
+class ConvertedUnit:
+    """A block with its own routing decision: its name, its converted layers (full names), what its router pools."""
+
+    name: str
+    layers: tuple[str, ...]
+    in_channels: int
+    has_router: bool
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` did; `str()` lists it."""
+
+    num_experts: int
+    routing: str
+    units: tuple[ConvertedUnit, ...]
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Full names of all CondConv layers."""
+        return tuple(layer for unit in self.units for layer in unit.layers)
+
+    @property
+    def routers(self) -> tuple[str, ...]:
+        """Full names of all routers."""
+        return tuple(f"{unit.name}.router" for unit in self.units if unit.has_router)
+
+    def __str__(self) -> str:
+        counts = f"{len(self.layers)} CondConv layers of {self.num_experts} experts, {len(self.routers)} routers"
+        lines = [f"{counts} ({self.routing})"]
+        for unit in self.units:
+            router = f"router on {unit.in_channels} channels" if unit.has_router else "shares the router before it"
+            lines.append(
+                f"  {unit.name}: {router}: {', '.join(name.removeprefix(unit.name + '.') for name in unit.layers)}"
+            )
+        return "\n".join(lines)
+
+
+def convert(
+    model: nn.Module,
+    num_experts: int,
+    *,
+    blocks: Patterns = (),
+    layers: Patterns = "all",
+    exclude: Patterns = (),
+    classifier: str | None = None,
+    routing: str = "fc",
+    dropout: float = 0.0,
+    expert_dropout: float = 0.0,
+    temperature: float = 1.0,
+    backend: str = "auto",
+    init: str | LayerInit = "independent",
+    example_input: Tensor | None = None,
+) -> Conversion:
+    """Replace layers of `model` by CondConv layers of `num_experts` experts, in place.
+
+    Args:
+        model: any network made of nn.Conv2d and nn.Linear (timm's Conv2dSame is understood, other subclasses are not).
+        num_experts: experts of every layer, at least 1.
+        blocks: patterns of names of modules, see `condconv.patterns`. Each match gets one router, which pools the first
+            input of the module's forward ([N, C, H, W] or [N, C]) and serves all converted layers in it. A match that
+            is itself a convolution or linear layer gets a router pooled from its own input.
+        layers: which layers of the blocks: "all", kinds ("depthwise", "pointwise", "grouped", "dense", "linear"), or
+            patterns of the end of their names ("conv_pw").
+        exclude: patterns of the end of names; what they match stays static, with all below it ("se", "downsample").
+        classifier: name of a convolution or linear layer to convert besides, with a router of its own.
+        routing: one of `ROUTINGS`. "single": the first block's router serves all that follow, the classifier included;
+            "partially_shared": every other block has a router, which also serves the next; "hierarchical": a router
+            also gets the routing weights of the block before it.
+        dropout, expert_dropout, temperature: see `build_router`.
+        backend: see `condconv2d`.
+        init: "independent", or a function (layer, name) that initialises a static layer in place, see
+            `condconv.initializers`. Either way the first expert is the static layer as it was.
+        example_input: one input of the network; a forward pass with it (eval mode, no gradients) tells each block's
+            input channels and the order of execution. Without it they follow from the order of registration: a block's
+            input channels are those of its first convolution or linear layer.
+
+    Returns:
+        What was converted.
+
+    Raises:
+        ValueError: nothing matches, something cannot be converted or already is, or an argument is wrong. The network
+            is then unchanged.
+    """
+    _check_arguments(num_experts, routing, init)
+    plans = plan_units(model, _as_tuple(blocks), _as_tuple(layers), _as_tuple(exclude), classifier)
+    if example_input is not None:
+        plans = observe(model, plans, example_input)
+    modules = [_build(plan, num_experts, backend, init) for plan in plans]
+    routers = [
+        _build_router(index, plan, num_experts, routing, dropout, expert_dropout, temperature)
+        for index, plan in enumerate(plans)
+    ]
+    previous: nn.Module | None = None
+    for plan, new_layers, router in zip(plans, modules, routers, strict=True):
+        takes_previous = (
+            routing in NETWORK_WIDE and previous is not None and (router is None or routing == "hierarchical")
+        )
+        unit = _install(model, plan, new_layers, router, takes_previous, shared=routing in NETWORK_WIDE)
+        if takes_previous and previous is not None:
+            previous.routing_unit.successor = unit  # type: ignore[union-attr]  # attributes of modules are untyped
+        previous = unit
+    units = tuple(
+        ConvertedUnit(
+            plan.name, tuple(plan.full_name(name) for name in plan.layers), plan.in_channels, router is not None
+        )
+        for plan, router in zip(plans, routers, strict=True)
+    )
+    return Conversion(num_experts, routing, units)
+
+
+def _as_tuple(patterns: Patterns) -> tuple[str, ...]:
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def _check_arguments(num_experts: int, routing: str, init: str | LayerInit) -> None:
+    if isinstance(num_experts, bool) or not isinstance(num_experts, int) or num_experts < 1:
+        raise ValueError(f"num_experts must be an int of at least 1, got {num_experts!r}")
+    if routing not in ROUTINGS:
+        raise ValueError(
+            f"unknown routing {routing!r}: choose one of {', '.join(ROUTINGS)}{nearest(str(routing), ROUTINGS)}"
+        )
+    check_init(init)
+
+
+def _build(plan: UnitPlan, num_experts: int, backend: str, init: str | LayerInit) -> dict[str, CondLayer]:
+    return {
+        name: _replacement(static, plan.full_name(name), num_experts, backend, init)
+        for name, static in plan.layers.items()
+    }
+
+
+def _replacement(static: nn.Module, name: str, num_experts: int, backend: str, init: str | LayerInit) -> CondLayer:
+    """The CondConv layer of a static one: geometry, device, dtype, mode and frozen parameters are kept."""
+    assert isinstance(static, nn.Conv2d | nn.Linear)
+    has_bias = static.bias is not None
+    options = {"device": static.weight.device, "dtype": static.weight.dtype}
+    layer: CondLayer
+    if isinstance(static, nn.Linear):
+        layer = CondLinear(
+            static.in_features,
+            static.out_features,
+            has_bias,
+            num_experts=num_experts,
+            router=None,
+            backend=backend,
+            **options,
+        )
+    else:
+        layer = CondConv2d(
+            static.in_channels,
+            static.out_channels,
+            static.kernel_size,
+            static.stride,
+            "same_tf" if is_conv2d_same(static) else static.padding,
+            static.dilation,
+            static.groups,
+            has_bias,
+            static.padding_mode,
+            num_experts=num_experts,
+            router=None,
+            backend=backend,
+            **options,
+        )
+    initialize_experts(layer, static, name, init)
+    for parameter, value in static.named_parameters(recurse=False):
+        getattr(layer, parameter).requires_grad_(value.requires_grad)
+    return layer.train(static.training)
+
+
+def _build_router(
+    index: int,
+    plan: UnitPlan,
+    num_experts: int,
+    routing: str,
+    dropout: float,
+    expert_dropout: float,
+    temperature: float,
+) -> Router | None:
+    """The unit's router; None where the network-wide rule gives it the router of a unit before it."""
+    if (routing == "single" and index) or (routing == "partially_shared" and index % 2):
+        return None
+    weight = next(p for layer in plan.layers.values() for p in layer.parameters())
+    router = build_router(
+        "fc" if routing in ("single", "partially_shared") else routing,
+        plan.in_channels,
+        num_experts,
+        dropout=dropout,
+        expert_dropout=expert_dropout,
+        temperature=temperature,
+        prev_experts=num_experts if routing == "hierarchical" and index else 0,
+        device=weight.device,
+        dtype=weight.dtype,
+    )
+    return router.train(plan.module.training)
+
+
+def _install(
+    model: nn.Module,
+    plan: UnitPlan,
+    layers: dict[str, CondLayer],
+    router: Router | None,
+    takes_previous: bool,
+    shared: bool,
+) -> nn.Module:
+    """Put the new layers and the router in place; returns the module that is now the unit."""
+    for name, layer in layers.items():
+        parent, _, attribute = plan.full_name(name).rpartition(".")
+        setattr(model.get_submodule(parent), attribute, layer)
+    module: nn.Module = layers[""] if plan.is_layer else plan.module
+    if router is not None:
+        module.router = router
+    if shared or not plan.is_layer:  # a lone layer with its own router needs no hooks
+        attach(module, RoutingUnit(plan.name, tuple(layers), takes_previous))
+    return module

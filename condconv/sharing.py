@@ -1,0 +1,119 @@
+"""How the layers of a block get the routing weights that their block's router computes.
+
+A *unit* is a module with one routing decision: a block whose CondConv layers share a router, or a lone CondConv layer.
+Two module-level hooks do the work. Before the unit runs, `_enter` computes routing weights from the unit's input and
+leaves them in the attribute `routing` of the unit's layers; after it, also after an exception, `_leave` takes
+them away.
+
+The hooks are plain functions and find everything through the module that they are called with, so a network survives
+deepcopy, pickling, DDP and export; a hook that closed over layers would keep feeding the layers of the original. The
+one reference between units (`RoutingUnit.successor`, for routing functions that span the network) is an attribute of a
+plain object: no submodule, so it adds no keys, and deepcopy and pickle map it like everything else.
+
+A network is not reentrant: one forward pass at a time, as always with modules that keep state in attributes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class RoutingUnit:
+    """What the hooks of a unit need to know; it is the attribute `routing_unit` of the module.
+
+    Args:
+        name: the module's name in the network, for messages.
+        layers: names of the unit's CondConv layers relative to the module; ("",) when the module is the layer.
+        takes_previous: the unit needs the routing weights of the unit before it: as an input of its router
+            (hierarchical routing), or instead of a router.
+    """
+
+    def __init__(self, name: str, layers: tuple[str, ...], takes_previous: bool = False) -> None:
+        self.name = name
+        self.layers = layers
+        self.takes_previous = takes_previous
+        self.successor: nn.Module | None = None
+        self.incoming: Tensor | None = None
+        self.incoming_without_grad = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Routing weights left by a forward pass that broke off are no state, and could not be copied with their graph.
+        return {**self.__dict__, "incoming": None, "incoming_without_grad": False}
+
+    def take_previous(self) -> Tensor:
+        """The routing weights that the unit before left here, once."""
+        routing, self.incoming = self.incoming, None
+        if routing is None:
+            raise RuntimeError(
+                f"{self.name}: the routing weights of the previous block did not arrive. Routing functions that span "
+                "the network need its blocks to run once each, in order, within one forward pass (or one checkpointed "
+                "segment); give convert() an example_input if the order of registration is not the order of execution"
+            )
+        if self.incoming_without_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{self.name}: the previous block's routing weights were computed without gradients, so its router "
+                "would silently not train. Reentrant gradient checkpointing cannot carry them from one segment to the "
+                "next: use routing='fc', or checkpoint nothing between the blocks"
+            )
+        return routing
+
+    def hand_on(self, routing: Tensor, trainable: bool) -> None:
+        """Leave routing weights for the successor, if there is one."""
+        if self.successor is not None:
+            unit: RoutingUnit = self.successor.routing_unit  # type: ignore[assignment]  # attributes of modules are untyped
+            unit.incoming = routing
+            unit.incoming_without_grad = trainable and not routing.requires_grad
+
+
+def attach(module: nn.Module, unit: RoutingUnit) -> None:
+    """Make `module` a routing unit: state and hooks. Its router, if it has one, is the submodule `router`."""
+    module.routing_unit = unit  # type: ignore[assignment]  # a plain object, not a submodule
+    module.register_forward_pre_hook(_enter, with_kwargs=True)
+    module.register_forward_hook(_leave, always_call=True)
+
+
+def is_unit(module: nn.Module) -> bool:
+    """Whether `attach` was called on the module (or on what it was copied from)."""
+    return isinstance(getattr(module, "routing_unit", None), RoutingUnit)
+
+
+def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    unit: RoutingUnit = module.routing_unit  # type: ignore[assignment]
+    router = getattr(module, "router", None)
+    if router is None:
+        routing = unit.take_previous()
+    else:
+        x = _input(unit, router.in_channels, args, kwargs)
+        routing = router(x, unit.take_previous()) if unit.takes_previous else router(x)
+    trainable = unit.incoming_without_grad or (router is not None and next(router.parameters()).requires_grad)
+    unit.hand_on(routing, trainable)
+    for name in unit.layers:
+        layer = module.get_submodule(name) if name else module
+        layer.routing = routing
+
+
+def _leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    unit: RoutingUnit = module.routing_unit  # type: ignore[assignment]
+    for name in unit.layers:
+        layer = module.get_submodule(name) if name else module
+        layer.routing = None  # type: ignore[assignment]
+
+
+def _input(unit: RoutingUnit, in_channels: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The unit's input: its first positional argument, else its first keyword argument."""
+    x = args[0] if args else next(iter(kwargs.values()), None)
+    if not isinstance(x, Tensor) or x.ndim not in (2, 4):
+        found = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(
+            f"{unit.name}: routing pools the block's first input, which must be [N, C, H, W] or [N, C]; got {found}. "
+            "Choose blocks whose input is a feature map, or convert the layers one by one"
+        )
+    if x.shape[1] != in_channels:
+        raise ValueError(
+            f"{unit.name}: its router was built for {in_channels} channels, but the block's input has {x.shape[1]}; "
+            "give convert() an example_input, from which it learns the true number"
+        )
+    return x

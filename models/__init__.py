@@ -1,0 +1,5 @@
+"""The research side: networks, training modules, callbacks. Uses `condconv`; knows nothing of `data`."""
+
+from models.backbones import create_model, list_backbones, list_placements
+
+__all__ = ["create_model", "list_backbones", "list_placements"]

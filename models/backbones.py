@@ -1,0 +1,314 @@
+"""Networks by name: a timm network, converted by the paper's placement (`models.placements`), or untouched."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import timm
+from timm.models import efficientnet as timm_efficientnet
+from torch import nn
+
+from condconv.convert import Conversion, Patterns, convert
+from condconv.kinds import KINDS, layer_kind
+from condconv.patterns import matches
+from condconv.routing import ROUTINGS
+from models.placements import BACKBONES, COMMON_PLACEMENTS, Backbone, Placement
+
+# timm's constructors that take multipliers; its public names fix them.
+_SCALED: Mapping[str, Callable[..., nn.Module]] = {
+    "mobilenetv1_100": timm_efficientnet._gen_mobilenet_v1,
+    "mobilenetv2_100": timm_efficientnet._gen_mobilenet_v2,
+    "semnasnet_100": timm_efficientnet._gen_mnasnet_a1,
+    "efficientnet_b0": timm_efficientnet._gen_efficientnet,
+}
+_RESNET_REPEATS = {"resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3), "resnext50_32x4d": (3, 4, 6, 3)}
+_RESNET_CHANNELS = (64, 128, 256, 512)
+
+
+def list_backbones() -> tuple[str, ...]:
+    """The names that `create_model` knows, besides "timm"."""
+    return tuple(BACKBONES)
+
+
+def list_placements(name: str) -> tuple[str, ...]:
+    """The named placements of a backbone, its default first.
+
+    Raises:
+        ValueError: there is no such backbone.
+    """
+    return (*_backbone(name).placements, *COMMON_PLACEMENTS)
+
+
+def create_model(
+    name: str,
+    num_classes: int = 1000,
+    experts: int = 8,
+    *,
+    placement: str | None = None,
+    from_block: int | None = None,
+    last_blocks: int | None = None,
+    layers: Patterns | None = None,
+    classifier: bool | None = None,
+    routing: str = "fc",
+    dropout: float = 0.0,
+    expert_dropout: float = 0.0,
+    temperature: float = 1.0,
+    backend: str = "auto",
+    init: str = "network",
+    width: float = 1.0,
+    depth: float = 1.0,
+    small_input: bool = False,
+    drop_rate: float = 0.0,
+    drop_path_rate: float = 0.0,
+    in_chans: int = 3,
+    arch: str | None = None,
+    pattern: Patterns | None = None,
+    exclude: Patterns | None = None,
+    timm_options: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Build a network with randomly initialised weights; nothing is downloaded.
+
+    Args:
+        name: one of `list_backbones()`, or "timm" for any network of timm, see `arch`.
+        num_classes: outputs of the classifier; 0 leaves it out.
+        experts: experts per CondConv layer; 0 returns timm's network untouched (its static twin: the same values under
+            the same seed, and the first expert of every CondConv layer is the static twin's layer).
+        placement: one of `list_placements(name)`; None is the paper's.
+        from_block: number of the first CondConv block, counted from 1, instead of the placement's choice.
+        last_blocks: number of CondConv blocks at the end, instead of the placement's choice; 0 for none.
+        layers: which layers of those blocks: "all", "depthwise", "pointwise", "grouped", "dense", or a list of these
+            or of patterns of names; None is the placement's choice. The classifier has its own option.
+        classifier: convert the classifier, or not; None is the placement's choice.
+        routing: a routing function, one of `condconv.routing.ROUTINGS`.
+        dropout: probability of dropping a routing weight, in training.
+        expert_dropout: probability of dropping an expert, in training.
+        temperature: of the routing function.
+        backend: algorithm of the CondConv layers, one of `condconv.list_backends()` or "auto".
+        init: "network" (experts are drawn by the network's own initialisation; for "timm" by the statistics of its
+            layers) or a name of `condconv.initializers.EXPERT_INITS`.
+        width: multiplier of all channels, rounded to multiples of 8.
+        depth: multiplier of the blocks of each stage, rounded up; not for mnasnet_a1.
+        small_input: for images of about 32 pixels: the first two strides become 1, so that the network reduces its input
+            8-fold instead of 32-fold (`Backbone.early_strides`: stem and first strided block, or ResNet's stem and max
+            pooling). Parameters and their names stay the same.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth, growing linearly over the blocks to this rate.
+        in_chans: channels of the images.
+        arch: for name="timm": timm's name of the network.
+        pattern: for name="timm": patterns of the blocks to convert (`condconv.patterns`), all convolutions and linear
+            layers in them, e.g. "stages.3.*"; each match gets one router. May be left out with classifier=True.
+        exclude: for name="timm": patterns of the ends of names of layers that stay static.
+        timm_options: further arguments for timm's constructor, e.g. {"bn_eps": 1e-3, "pad_type": "same"}.
+
+    Returns:
+        The network, in training mode. A converted one has an attribute `conversion` that says what was converted.
+
+    Raises:
+        ValueError: an unknown name or an impossible option.
+    """
+    _check_experts(experts)
+    _check_numbers(num_classes=num_classes, width=width, depth=depth, in_chans=in_chans)
+    _check_routing(routing)
+    options = dict(timm_options or {})
+    options.update(num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+    if name == "timm":
+        if width != 1.0 or depth != 1.0 or small_input or placement is not None:
+            raise ValueError("width, depth, small_input and placement are not available for model timm")
+        network, backbone = _timm_network(arch, pattern, exclude, options)
+    else:
+        if arch is not None or pattern is not None or exclude is not None:
+            raise ValueError(f"arch, pattern and exclude are options of model timm, not of {name}")
+        backbone = _backbone(name)
+        network = _named_network(name, backbone, width, depth, options)
+        if small_input:
+            _remove_early_strides(network, backbone)
+    chosen = _choose(name, backbone, placement, from_block, last_blocks, layers, classifier, num_classes)
+    if experts == 0:
+        return network
+    initializer = init if init != "network" else _INITIALIZERS.get(backbone.family, "independent")
+    conversion = convert(
+        network,
+        experts,
+        blocks=_selected_blocks(network, name, backbone, chosen),
+        layers=chosen.layers,
+        exclude=backbone.exclude,
+        classifier=backbone.classifier if chosen.classifier else None,
+        routing=routing,
+        dropout=dropout,
+        expert_dropout=expert_dropout,
+        temperature=temperature,
+        backend=backend,
+        init=initializer,
+    )
+    network.conversion = conversion  # type: ignore[assignment]  # a record, not a submodule
+    return network
+
+
+def _check_experts(experts: int) -> None:
+    if isinstance(experts, bool) or not isinstance(experts, int) or experts < 0:
+        raise ValueError(f"experts must be an int of at least 0 (0 is the static network), got {experts!r}")
+
+
+def _check_numbers(num_classes: int, width: float, depth: float, in_chans: int) -> None:
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 0:
+        raise ValueError(f"num_classes must be an int of at least 0, got {num_classes!r}")
+    if isinstance(in_chans, bool) or not isinstance(in_chans, int) or in_chans < 1:
+        raise ValueError(f"in_chans must be an int of at least 1, got {in_chans!r}")
+    for option, value in (("width", width), ("depth", depth)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(f"{option} must be a positive number, got {value!r}")
+
+
+def _check_routing(routing: str) -> None:
+    """Checked here too, so that the static twin refuses the same mistakes."""
+    if routing not in ROUTINGS:
+        raise ValueError(f"unknown routing {routing!r}{_near(routing, ROUTINGS)}: choose one of {', '.join(ROUTINGS)}")
+
+
+def _near(name: object, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def _backbone(name: str) -> Backbone:
+    if name not in BACKBONES:
+        known = (*BACKBONES, "timm")
+        raise ValueError(
+            f"unknown model {name!r}{_near(name, known)} Choose one of {', '.join(known)}".replace("? ", "? ")
+        )
+    return BACKBONES[name]
+
+
+def _named_network(name: str, backbone: Backbone, width: float, depth: float, options: dict[str, Any]) -> nn.Module:
+    depth = depth * backbone.depth
+    if backbone.family == "resnet":
+        if width != 1.0:
+            options["channels"] = tuple(max(8, round(c * width / 8) * 8) for c in _RESNET_CHANNELS)
+        if depth != 1.0:
+            options["layers"] = tuple(math.ceil(n * depth) for n in _RESNET_REPEATS[backbone.arch])
+    elif width != 1.0 or depth != 1.0:
+        options["channel_multiplier"] = width
+        if depth != 1.0:
+            if backbone.arch == "semnasnet_100":
+                raise ValueError(f"model {name} has no depth multiplier: leave depth=1.0")
+            options["depth_multiplier"] = depth
+        return _build(lambda **kwargs: _SCALED[backbone.arch](backbone.arch, **kwargs), name, options)
+    return _build(lambda **kwargs: timm.create_model(backbone.arch, **kwargs), name, options)
+
+
+def _timm_network(
+    arch: str | None, pattern: Patterns | None, exclude: Patterns | None, options: dict[str, Any]
+) -> tuple[nn.Module, Backbone]:
+    if not arch:
+        raise ValueError("model timm needs arch=<a name of timm.list_models()>")
+    if not timm.is_model(arch):
+        raise ValueError(f"timm has no network {arch!r}{_near(arch, timm.list_models())}")
+    network = _build(lambda **kwargs: timm.create_model(arch, **kwargs), arch, options)
+    head = network.get_classifier() if hasattr(network, "get_classifier") else None  # type: ignore[operator]
+    names = {module: name for name, module in network.named_modules()}
+    patterns = (pattern,) if isinstance(pattern, str) else tuple(pattern or ())
+    excluded = (exclude,) if isinstance(exclude, str) else tuple(exclude or ())
+    placements = {"pattern": Placement(stages=patterns)}
+    return network, Backbone(arch, "timm", "", excluded, names.get(head, "") if head else "", placements)
+
+
+def _build(constructor: Callable[..., nn.Module], name: str, options: dict[str, Any]) -> nn.Module:
+    try:
+        return constructor(pretrained=False, **options)
+    except TypeError as error:  # timm's networks differ in what they take, and drop_path_rate=0.0 must not matter
+        rejected = [key for key in ("drop_rate", "drop_path_rate") if f"'{key}'" in str(error) and not options[key]]
+        if rejected:
+            return _build(constructor, name, {key: value for key, value in options.items() if key not in rejected})
+        raise ValueError(f"{name} cannot be built with {options}: {error}") from error
+
+
+def _remove_early_strides(network: nn.Module, backbone: Backbone) -> None:
+    for name in backbone.early_strides:
+        module = network.get_submodule(name)
+        module.stride = (1, 1) if isinstance(module, nn.Conv2d) else 1  # type: ignore[assignment]
+
+
+def _choose(
+    name: str,
+    backbone: Backbone,
+    placement: str | None,
+    from_block: int | None,
+    last_blocks: int | None,
+    layers: Patterns | None,
+    classifier: bool | None,
+    num_classes: int,
+) -> Placement:
+    """The placement with the caller's overrides."""
+    named = {**COMMON_PLACEMENTS, **backbone.placements}
+    placement = placement or backbone.default_placement
+    if placement not in named:
+        raise ValueError(
+            f"model {name} has no placement {placement!r}{_near(placement, named)}: choose one of {', '.join(named)}"
+        )
+    chosen = named[placement]
+    if from_block is not None and last_blocks is not None:
+        raise ValueError("from_block and last_blocks exclude each other: give one")
+    for option, value, smallest in (("from_block", from_block, 1), ("last_blocks", last_blocks, 0)):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+            raise ValueError(f"{option} must be an int of at least {smallest}, got {value!r}")
+        stages = chosen.stages if backbone.family == "timm" else None
+        chosen = replace(chosen, stages=stages, from_block=from_block, last_blocks=last_blocks)
+    if layers is not None:
+        chosen = replace(chosen, layers=(layers,) if isinstance(layers, str) else tuple(layers))
+    if classifier and not num_classes:
+        raise ValueError("classifier=True needs num_classes of at least 1")
+    if classifier is not None or not num_classes:
+        chosen = replace(chosen, classifier=bool(classifier))
+    if chosen.classifier and not backbone.classifier:
+        raise ValueError(f"{backbone.arch} has no single classifier layer that could be converted")
+    return chosen
+
+
+def _selected_blocks(network: nn.Module, name: str, backbone: Backbone, chosen: Placement) -> tuple[str, ...]:
+    """Names of the CondConv blocks, and the patterns of the single layers."""
+    if chosen.stages is not None and chosen.from_block is None and chosen.last_blocks is None:
+        return (*chosen.stages, *chosen.extra)
+    patterns: Sequence[str] = chosen.stages if chosen.stages is not None else (backbone.blocks,)
+    blocks = [n for n, _ in network.named_modules() if n and any(matches(n, pattern) for pattern in patterns)]
+    first = len(blocks) - chosen.last_blocks if chosen.last_blocks is not None else (chosen.from_block or 1) - 1
+    if not 0 <= first < len(blocks) + (chosen.last_blocks == 0):
+        asked = (
+            f"last_blocks={chosen.last_blocks}" if chosen.last_blocks is not None else f"from_block={chosen.from_block}"
+        )
+        raise ValueError(f"model {name} has {len(blocks)} blocks, so {asked} is not possible")
+    return (*blocks[first:], *chosen.extra)
+
+
+def _initialize_efficientnet(layer: nn.Module, name: str) -> None:
+    """TensorFlow's initialisation of the EfficientNet family, as timm applies it to static layers.
+
+    Convolutions N(0, 2 / fan_out) with the fan of one group, linear layers U(-1, 1) / sqrt(fan_out), zero biases.
+    """
+    weight: Any = layer.weight
+    if isinstance(layer, nn.Conv2d):
+        fan_out = math.prod(layer.kernel_size) * layer.out_channels // layer.groups
+        nn.init.normal_(weight, 0.0, math.sqrt(2.0 / fan_out))
+    else:
+        nn.init.uniform_(weight, -1 / math.sqrt(weight.shape[0]), 1 / math.sqrt(weight.shape[0]))
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+
+
+def _initialize_resnet(layer: nn.Module, name: str) -> None:
+    """Initialise as timm's ResNet: convolutions by He et al. (fan-out, ReLU), the classifier by PyTorch's default."""
+    if isinstance(layer, nn.Conv2d):
+        nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    elif isinstance(layer, nn.Linear):
+        layer.reset_parameters()
+
+
+_INITIALIZERS: Mapping[str, Callable[[nn.Module, str], None]] = {
+    "efficientnet": _initialize_efficientnet,
+    "resnet": _initialize_resnet,
+}
