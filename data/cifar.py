@@ -79,13 +79,14 @@ class TorchvisionDataModule(ImageDataModule):
         try:
             return dataset(str(self.root), train=train, download=download)
         except Exception as error:  # torchvision raises whatever its download, unpacking and unpickling raise
+            reason = " ".join(str(error).split()).rstrip(".")
             if download:
                 raise ConnectionError(
-                    f"{self.name} could not be downloaded to {where}: {error}. Check the network, or put the files "
+                    f"{self.name} could not be downloaded to {where}: {reason}. Check the network, or put the files "
                     f"there by hand and set data.download=false"
                 ) from error
             raise FileNotFoundError(
-                f"{self.name} was not found, or is incomplete: expected torchvision's files in {where} ({error}). "
+                f"{self.name} was not found, or is incomplete: expected torchvision's files in {where} ({reason}). "
                 f"Set data.root to the folder that holds {Path(folder).parts[0]}/, or data.download=true to download it"
             ) from error
 

@@ -1,5 +1,6 @@
 """scikit-learn's 1,797 handwritten digits: real images that come with the package, so that anything can be tried."""
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,13 +32,18 @@ class DigitsDataModule(ImageDataModule):
         self.augment = augment
 
     def load(self, train: bool) -> TensorImages:
-        digits = load_digits()
-        labels = torch.from_numpy(digits.target).long()
+        images, labels = _digits()
         chosen = evaluation_part(labels) != train
-        # Stored as 0..16.
-        images = torch.from_numpy(digits.images)[chosen, None].mul(255 / 16).round().to(torch.uint8)
         augment = RandomAffine() if train and self.augment else None
-        return TensorImages(images, labels[chosen], self.image_size, augment, self.seed)
+        return TensorImages(images[chosen], labels[chosen], self.image_size, augment, self.seed)
+
+
+@cache
+def _digits() -> tuple[Tensor, Tensor]:
+    """All images uint8 `[1797, 1, 8, 8]` and labels; read once, as unpacking the text file takes a while."""
+    digits = load_digits()
+    images = torch.from_numpy(digits.images)[:, None].mul(255 / 16)  # stored as 0..16
+    return images.round().to(torch.uint8), torch.from_numpy(digits.target).long()
 
 
 def evaluation_part(labels: Tensor) -> Tensor:

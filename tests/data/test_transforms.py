@@ -1,0 +1,128 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import create_transform
+
+from data.sampling import example_rng
+from data.transforms import AUGMENTS, Normalize, eval_transform, train_transform
+
+
+def random_image(width: int, height: int, seed: int = 0) -> Image.Image:
+    pixels = torch.randint(256, (height, width, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def pixels_of(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.uint8).view(1, 3, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "expected"),
+    [
+        # (0/255 - 0.485) / 0.229, (255/255 - 0.456) / 0.224, (51/255 - 0.406) / 0.225
+        ("imagenet", (0, 255, 51), (-2.117904, 2.428571, -0.915556)),
+        ("authors", (127, 255, 0), (0.0, 1.0, -0.9921875)),
+        ("half", (0, 255, 51), (-1.0, 1.0, -0.6)),
+    ],
+)
+def test_normalisation_equals_figures_computed_by_hand(name, values, expected):
+    result = Normalize(name)(pixels_of(*values))
+    assert result.dtype == torch.float32
+    assert result.flatten().tolist() == pytest.approx(expected, abs=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64, torch.bfloat16])
+def test_normalisation_keeps_the_memory_format_and_float_dtypes(dtype):
+    images = torch.randint(256, (2, 3, 4, 6)).to(dtype)
+    before = images.clone()
+    contiguous = Normalize("imagenet")(images)
+    channels_last = Normalize("imagenet")(images.to(memory_format=torch.channels_last))
+    assert contiguous.dtype == (torch.float32 if dtype == torch.uint8 else dtype)
+    assert contiguous.is_contiguous()
+    assert channels_last.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(contiguous, channels_last)
+    assert torch.equal(images, before)
+
+
+def test_normalize_holds_no_state_for_checkpoints():
+    assert Normalize("half").state_dict() == {}
+
+
+@pytest.mark.parametrize(("width", "height"), [(500, 375), (301, 640), (190, 211)])
+def test_evaluation_crop_equals_timms_pixel_by_pixel(width, height):
+    image = random_image(width, height)
+    timm_transform = create_transform(
+        224, is_training=False, interpolation="bicubic", crop_pct=0.875, normalize=False, use_prefetcher=False
+    )
+    expected = timm_transform(image)
+    ours = eval_transform(224)(image)
+    assert ours.dtype == torch.uint8
+    assert ours.shape == (3, 224, 224)
+    assert torch.equal(ours, expected)
+
+
+def test_evaluation_of_cifar_sized_images_can_keep_every_pixel():
+    image = random_image(32, 32)
+    result = eval_transform(32, crop_fraction=1.0)(image)
+    assert result.permute(1, 2, 0).numpy().tobytes() == image.tobytes()
+
+
+@pytest.mark.parametrize("augment", AUGMENTS)
+@pytest.mark.parametrize("train_crop", ["random_resized", "pad"])
+def test_training_transforms_depend_on_the_seed_alone(augment, train_crop):
+    transform = train_transform(48, train_crop=train_crop, augment=augment, random_erasing=0.5, fill=(124, 116, 104))
+    image = random_image(60, 50)
+    results = []
+    for seed in (1, 2, 1):
+        torch.rand(seed)  # what was drawn before does not matter
+        with example_rng(seed):
+            results.append(transform(image))
+    assert results[0].dtype == torch.uint8
+    assert results[0].shape == (3, 48, 48)
+    assert torch.equal(results[0], results[2])
+    assert not torch.equal(results[0], results[1])
+
+
+def test_padded_crop_shifts_by_at_most_an_eighth_and_flips():
+    image = random_image(32, 32)
+    original = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    transform = train_transform(32, train_crop="pad")
+    seen = set()
+    for seed in range(40):
+        with example_rng(seed):
+            result = transform(image)
+        for flipped in (False, True):
+            centre = (result.flip(2) if flipped else result)[:, 12:20, 12:20]
+            seen |= {
+                (flipped, down, right)
+                for down in range(-4, 5)
+                for right in range(-4, 5)
+                if torch.equal(centre, original[:, 12 + down : 20 + down, 12 + right : 20 + right])
+            }
+    assert {flipped for flipped, _, _ in seen} == {False, True}
+    assert len(seen) >= 25  # 40 images, 162 possible results: about 36 different ones, never one that matches nothing
+
+
+def test_random_erasing_fills_with_the_given_colour():
+    transform = train_transform(32, train_crop="pad", random_erasing=1.0, fill=(123.7, 116.3, 103.5))
+    with example_rng(0):
+        result = transform(Image.new("RGB", (32, 32), (255, 255, 255)))
+    erased = (result == torch.tensor([124, 116, 104], dtype=torch.uint8).view(3, 1, 1)).all(0)
+    assert 20 <= int(erased.sum()) <= 400
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Normalize("torch"), r"unknown normalisation 'torch'; choose one of imagenet, authors, half"),
+        (lambda: eval_transform(32, crop_fraction=0), r"crop fraction 0: expected a number above 0 and at most 1"),
+        (lambda: eval_transform(32, crop_fraction=1.1), r"crop fraction 1.1"),
+        (lambda: eval_transform(32, interpolation="cubic"), r"unknown interpolation 'cubic'; .* bicubic, bilinear"),
+        (lambda: train_transform(32, train_crop="centre"), r"unknown train_crop 'centre'; .* random_resized, pad"),
+        (lambda: train_transform(32, augment="rand"), r"unknown augment 'rand'; .* none, autoaugment"),
+    ],
+)
+def test_wrong_options_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
