@@ -116,7 +116,7 @@ def build_optimizer(
             "rmsprop_tf": timm's RMSpropTF, TensorFlow's form of RMSProp: epsilon inside the square root, squared
             average starting at 1, learning rate inside the momentum buffer. Uses `alpha` (TensorFlow's `decay`),
             `momentum`, `eps` (default 1e-3). The authors: alpha 0.9, momentum 0.9, epsilon 1e-3 [seen].
-        lr: learning rate of every group; see `models.schedules.scale_learning_rate`.
+        lr: learning rate of every group, already scaled by the global batch (the configs do that, in writing).
         no_decay: roles that are not decayed. The authors' L2 spares only BatchNorm (`no_decay=["norm"]`): biases,
             experts and routers are in it [seen].
         decay_by_role: decay coefficients of single roles, in the form (`l2` or `weight_decay`) that is in use.

@@ -17,17 +17,6 @@ Schedule = Callable[[int], float]
 SCHEDULES = ("constant", "cosine", "exponential_staircase", "step")
 
 
-def scale_learning_rate(lr: float, global_batch_size: int, reference_batch_size: int = 256) -> float:
-    """The linear scaling rule, `lr * global_batch_size / reference_batch_size`: the only place that applies it.
-
-    `global_batch_size` is the number of examples of one optimiser step: batch size per device x devices x accumulated
-    batches. The authors train with `0.016 * batch / 256` [seen].
-    """
-    if global_batch_size < 1 or reference_batch_size < 1:
-        raise ValueError(f"Batch sizes must be at least 1, got {global_batch_size} and {reference_batch_size}.")
-    return lr * global_batch_size / reference_batch_size
-
-
 def build_schedule(
     name: str,
     *,

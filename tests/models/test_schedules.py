@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
 
-from models.schedules import SCHEDULES, build_schedule, scale_learning_rate
+from models.schedules import SCHEDULES, build_schedule
 
 IMAGES, BATCH = 1281167, 2048
 STEPS_PER_EPOCH = IMAGES / BATCH
@@ -30,8 +28,7 @@ def authors_rate(step: int, initial: float, total_steps: float, kind: str) -> np
 
 @pytest.mark.parametrize(("name", "kind"), [("exponential_staircase", "exponential"), ("cosine", "cosine")])
 def test_equals_the_authors_learning_rate_at_every_step(name: str, kind: str) -> None:
-    initial = scale_learning_rate(0.016, BATCH)
-    assert initial == pytest.approx(0.128)
+    initial = 0.016 * BATCH / 256
     schedule = build_schedule(name, steps_per_epoch=STEPS_PER_EPOCH, total_epochs=350, warmup_epochs=5)
     total_steps = 350 * STEPS_PER_EPOCH
     # Every step of the first 20 epochs (warm-up and the first drops), then samples to the end.
@@ -109,10 +106,3 @@ def test_resuming_lambda_lr_gives_the_same_rates(name: str) -> None:
 def test_wrong_values_are_named(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_schedule(**({"steps_per_epoch": 10, "total_epochs": 4} | options))
-
-
-def test_learning_rate_follows_the_global_batch() -> None:
-    assert scale_learning_rate(0.1, 64 * 8 * 2) == pytest.approx(0.4)
-    assert math.isclose(scale_learning_rate(0.1, 128, reference_batch_size=128), 0.1)
-    with pytest.raises(ValueError, match="at least 1"):
-        scale_learning_rate(0.1, 0)
