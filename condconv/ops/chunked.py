@@ -1,0 +1,194 @@
+"""Mix kernels, then convolve: the batch in chunks, the mixed kernels in a small workspace, nothing kept for the backward.
+
+Mathematics, for example n: `W_n = sum_e a_ne W_e`, `y_n = W_n * x_n`. Backward, with `dW_n` the kernel gradient of example n:
+`dx_n = W_n^T * dy_n`, `da_ne = <dW_n, W_e>`, `dW_e = sum_n a_ne dW_n`.
+
+Mixed kernels of a whole batch are N x P numbers (P weights a layer), far more than any cache. So forward and backward walk over
+tiles of (examples, output channels) whose mixed kernels fit in a workspace that stays in the cache and is used again for each
+tile. Tiles prefer few output channels and the whole batch: each expert weight is then read once, and its gradient written once.
+The backward mixes again instead of saving. How one tile is convolved is a `PerExampleConv`: three functions, in the files
+`gemm.py`, `grouped.py` and `depthwise.py`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from condconv.ops.spec import ConvSpec, crop_to_live_taps, memory_format_of, mixing_dtype
+
+AUTOMATIC_WORKSPACE_BYTES = {"cpu": 4 << 20, "cuda": 24 << 20}
+"""Workspace when the caller gives 0: inside the last-level cache of one CPU core complex, inside the L2 of a data-centre GPU."""
+
+
+class PerExampleConv(NamedTuple):
+    """How examples are convolved with kernels of their own, `kernel_NKCRS` (K may be a tile of the layer's output channels)."""
+
+    forward: Callable[[Tensor, Tensor, ConvSpec], Tensor]
+    """(x_NCHW, kernel_NKCRS, spec) -> y_NKPQ"""
+    input_gradient: Callable[[Tensor, Tensor, Tensor, ConvSpec], Tensor]
+    """(grad_y_NKPQ, x_NCHW, kernel_NKCRS, spec) -> grad_x_NCHW"""
+    kernel_gradient: Callable[[Tensor, Tensor, torch.Size, ConvSpec], Tensor]
+    """(grad_y_NKPQ, x_NCHW, shape of kernel_NKCRS, spec) -> grad_kernel_NKCRS"""
+
+
+class _Tile(NamedTuple):
+    examples: slice
+    channels: slice
+
+
+class _Workspace(threading.local):
+    """One buffer per thread, dtype and use, kept between calls: fresh memory of this size costs more in page faults than in work."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[torch.dtype, str], Tensor] = {}
+
+    def get(self, numel: int, like: Tensor, use: str) -> Tensor:
+        """A flat uninitialised tensor with `numel` elements; on a GPU the caching allocator already does this per stream."""
+        if like.device.type != "cpu":
+            return like.new_empty(numel)
+        key = (like.dtype, use)
+        buffer = self.buffers.get(key)
+        if buffer is None or buffer.numel() < numel:
+            buffer = self.buffers[key] = torch.empty(numel, dtype=like.dtype)
+        return buffer[:numel]
+
+
+_workspace = _Workspace()
+
+
+def plan_tiles(
+    batch: int, out_channels: int, weights_per_channel: int, groups: int, itemsize: int, budget_bytes: int
+) -> list[_Tile]:
+    """Tiles of (examples, output channels) whose mixed kernels fit in the budget; at least one example and 32 channels each.
+
+    Output channels are split first, and only without groups; what is then still too large is split over examples.
+    """
+    budget = max(1, budget_bytes // itemsize)
+    channel_step = out_channels
+    if groups == 1:
+        fitting = budget // max(1, batch * weights_per_channel)
+        channel_step = min(out_channels, max(32, fitting // 16 * 16))
+    example_step = min(batch, max(1, budget // max(1, channel_step * weights_per_channel)))
+    return [
+        _Tile(slice(n, min(n + example_step, batch)), slice(k, min(k + channel_step, out_channels)))
+        for n in range(0, batch, example_step)
+        for k in range(0, out_channels, channel_step)
+    ]
+
+
+class _Mixer:
+    """Mixed kernels of one tile after another, and the way back from their gradients to routing and experts."""
+
+    def __init__(self, x_NCHW: Tensor, routing_NE: Tensor, weight_EKCRS: Tensor, spec: ConvSpec, budget: int) -> None:
+        self.dtype = mixing_dtype(x_NCHW, routing_NE, weight_EKCRS)
+        self.compute_dtype = x_NCHW.dtype
+        self.routing_NE = routing_NE.to(self.dtype)
+        self.kernel_CRS = weight_EKCRS.shape[2:]
+        self.weights_per_channel = self.kernel_CRS.numel()
+        self.weight_EM = weight_EKCRS.reshape(weight_EKCRS.shape[0], -1)
+        budget = budget or AUTOMATIC_WORKSPACE_BYTES.get(x_NCHW.device.type, 4 << 20)
+        itemsize = torch.finfo(self.dtype).bits // 8
+        self.tiles = plan_tiles(
+            x_NCHW.shape[0], weight_EKCRS.shape[1], self.weights_per_channel, spec.groups, itemsize, budget
+        )
+
+    def _columns(self, tile: _Tile) -> slice:
+        return slice(tile.channels.start * self.weights_per_channel, tile.channels.stop * self.weights_per_channel)
+
+    def experts(self, tile: _Tile) -> Tensor:
+        return self.weight_EM[:, self._columns(tile)].to(self.dtype)
+
+    def kernels(self, tile: _Tile) -> Tensor:
+        routing_nE, weight_Em = self.routing_NE[tile.examples], self.experts(tile)
+        rows, columns = routing_nE.shape[0], weight_Em.shape[1]
+        mixed_nm = _workspace.get(rows * columns, routing_nE, "mixed").view(rows, columns)
+        torch.mm(routing_nE, weight_Em, out=mixed_nm)
+        return mixed_nm.to(self.compute_dtype).view(rows, -1, *self.kernel_CRS)
+
+    def add_gradients(
+        self, tile: _Tile, grad_kernel_NKCRS: Tensor, grad_routing_NE: Tensor | None, grad_weight_EM: Tensor | None
+    ) -> None:
+        """Reduce a tile's kernel gradients onto the routing weights and onto the experts."""
+        grad_nm = grad_kernel_NKCRS.reshape(grad_kernel_NKCRS.shape[0], -1).to(self.dtype)
+        if grad_routing_NE is not None:
+            grad_routing_NE[tile.examples].addmm_(grad_nm, self.experts(tile).T)
+        if grad_weight_EM is not None:
+            target_Em = grad_weight_EM[:, self._columns(tile)]
+            routing_En = self.routing_NE[tile.examples].T
+            if (
+                tile.examples.start == 0
+            ):  # the first examples write, the others add: no pass over the experts to zero them
+                torch.mm(routing_En, grad_nm, out=target_Em)
+            else:
+                target_Em.addmm_(routing_En, grad_nm)
+
+
+def forward(
+    conv: PerExampleConv, x_NCHW: Tensor, routing_NE: Tensor, weight_EKCRS: Tensor, spec: ConvSpec, workspace_bytes: int
+) -> Tensor:
+    """Per-example convolution without bias; see `condconv.functional.condconv2d` for shapes."""
+    size_HW = (x_NCHW.shape[2], x_NCHW.shape[3])
+    weight_EKCRS, spec, _ = crop_to_live_taps(weight_EKCRS, size_HW, spec)
+    mixer = _Mixer(x_NCHW, routing_NE, weight_EKCRS, spec, workspace_bytes)
+    if len(mixer.tiles) == 1:
+        y_NKPQ = conv.forward(x_NCHW, mixer.kernels(mixer.tiles[0]), spec)
+        return y_NKPQ.contiguous(memory_format=memory_format_of(x_NCHW))
+    output_PQ = spec.output_size(size_HW, (weight_EKCRS.shape[3], weight_EKCRS.shape[4]))
+    y_NKPQ = torch.empty(
+        (x_NCHW.shape[0], weight_EKCRS.shape[1], *output_PQ),
+        dtype=x_NCHW.dtype,
+        device=x_NCHW.device,
+        memory_format=memory_format_of(x_NCHW),
+    )
+    for tile in mixer.tiles:
+        y_NKPQ[tile.examples, tile.channels] = conv.forward(x_NCHW[tile.examples], mixer.kernels(tile), spec)
+    return y_NKPQ
+
+
+def backward(
+    conv: PerExampleConv,
+    grad_y_NKPQ: Tensor,
+    x_NCHW: Tensor,
+    routing_NE: Tensor,
+    weight_EKCRS: Tensor,
+    spec: ConvSpec,
+    needs: tuple[bool, bool, bool],
+    workspace_bytes: int,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, routing weights and expert weights, each only where `needs` asks for it."""
+    full_shape = weight_EKCRS.shape
+    weight_EKCRS, spec, where = crop_to_live_taps(weight_EKCRS, (x_NCHW.shape[2], x_NCHW.shape[3]), spec)
+    mixer = _Mixer(x_NCHW, routing_NE, weight_EKCRS, spec, workspace_bytes)
+    need_x, need_routing, need_weight = needs
+    grad_x = torch.empty_like(x_NCHW) if need_x else None
+    grad_routing = torch.zeros_like(mixer.routing_NE) if need_routing else None
+    grad_weight = mixer.weight_EM.new_empty(mixer.weight_EM.shape, dtype=mixer.dtype) if need_weight else None
+    for tile in mixer.tiles:
+        x, grad_y = x_NCHW[tile.examples], grad_y_NKPQ[tile.examples, tile.channels]
+        if grad_x is not None:
+            part = conv.input_gradient(grad_y, x, mixer.kernels(tile), spec)
+            if tile.channels.start == 0:
+                grad_x[tile.examples] = part
+            else:
+                grad_x[tile.examples] += part
+        if need_routing or need_weight:
+            rows, columns = x.shape[0], tile.channels.stop - tile.channels.start
+            kernel_shape = torch.Size((rows, columns, *mixer.kernel_CRS))
+            grad_kernel = conv.kernel_gradient(grad_y, x, kernel_shape, spec)
+            mixer.add_gradients(tile, grad_kernel, grad_routing, grad_weight)
+    if grad_weight is not None:
+        grad_weight = _restore_dead_taps(grad_weight.view(weight_EKCRS.shape).to(weight_EKCRS.dtype), full_shape, where)
+    return grad_x, None if grad_routing is None else grad_routing.to(routing_NE.dtype), grad_weight
+
+
+def _restore_dead_taps(grad_EKCRS: Tensor, full_shape: torch.Size, where: tuple[slice, slice]) -> Tensor:
+    if grad_EKCRS.shape == full_shape:
+        return grad_EKCRS
+    full_EKCRS = grad_EKCRS.new_zeros(full_shape)
+    full_EKCRS[:, :, :, where[0], where[1]] = grad_EKCRS
+    return full_EKCRS

@@ -1,0 +1,166 @@
+"""The one custom operator behind all backends: forward, backward, shapes for tracing, autograd.
+
+The algorithm is chosen inside the operator, at run time and from true sizes. To `torch.compile` and `torch.export` a layer is
+therefore one opaque node whatever the batch size: no recompilation when the choice changes, no `groups` baked in.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from condconv.ops.registry import AUTO, get_backend
+from condconv.ops.choice import choose
+from condconv.ops.spec import ConvSpec, Problem, is_channels_last, memory_format_of
+
+
+def _dense(x_NCHW: Tensor) -> Tensor:
+    """The tensor itself when it is contiguous in one of the two formats, else a contiguous copy."""
+    return x_NCHW if is_channels_last(x_NCHW) else x_NCHW.contiguous()
+
+
+def _spec(stride: list[int], padding: list[int], dilation: list[int], groups: int) -> ConvSpec:
+    return ConvSpec((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
+
+
+def _backend(name: str, x_NCHW: Tensor, weight_EKCRS: Tensor, spec: ConvSpec, training: bool) -> Any:
+    problem = Problem.of(x_NCHW, weight_EKCRS, spec, training)
+    return get_backend(choose(problem).backend if name == AUTO else name, problem)
+
+
+def _empty_output(x_NCHW: Tensor, weight_EKCRS: Tensor, spec: ConvSpec) -> Tensor:
+    size_HW = (x_NCHW.shape[2], x_NCHW.shape[3])
+    output_PQ = spec.output_size(size_HW, (weight_EKCRS.shape[3], weight_EKCRS.shape[4]))
+    shape = (x_NCHW.shape[0], weight_EKCRS.shape[1], *output_PQ)
+    return torch.empty(shape, dtype=x_NCHW.dtype, device=x_NCHW.device, memory_format=memory_format_of(_dense(x_NCHW)))
+
+
+@torch.library.custom_op("condconv::conv2d", mutates_args=())
+def conv2d(
+    x_NCHW: Tensor,
+    routing_NE: Tensor,
+    weight_EKCRS: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    backend: str,
+    training: bool,
+    workspace_bytes: int,
+) -> Tensor:
+    """Per-example convolution without bias. Arguments are taken as validated by `condconv.functional`."""
+    spec = _spec(stride, padding, dilation, groups)
+    if x_NCHW.shape[0] == 0:
+        return _empty_output(x_NCHW, weight_EKCRS, spec)
+    x_NCHW, weight_EKCRS = _dense(x_NCHW), weight_EKCRS.contiguous()
+    chosen = _backend(backend, x_NCHW, weight_EKCRS, spec, training)
+    with torch.autocast(x_NCHW.device.type, enabled=False):
+        y_NKPQ: Tensor = chosen.forward(x_NCHW, routing_NE, weight_EKCRS, spec, workspace_bytes)
+    return y_NKPQ
+
+
+@conv2d.register_fake
+def _(
+    x_NCHW: Tensor,
+    routing_NE: Tensor,
+    weight_EKCRS: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    backend: str,
+    training: bool,
+    workspace_bytes: int,
+) -> Tensor:
+    return _empty_output(x_NCHW, weight_EKCRS, _spec(stride, padding, dilation, groups))
+
+
+@torch.library.custom_op("condconv::conv2d_backward", mutates_args=())
+def conv2d_backward(
+    grad_y_NKPQ: Tensor,
+    x_NCHW: Tensor,
+    routing_NE: Tensor,
+    weight_EKCRS: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    backend: str,
+    needs: list[bool],
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, routing weights and expert weights; an empty tensor where `needs` does not ask for one."""
+    spec = _spec(stride, padding, dilation, groups)
+    inputs = (x_NCHW, routing_NE, weight_EKCRS)
+    if x_NCHW.shape[0] == 0:
+        x, routing, weight = (
+            torch.zeros_like(_dense(t) if t.dim() == 4 else t) if need else t.new_empty(0)
+            for t, need in zip(inputs, needs, strict=True)
+        )
+        return x, routing, weight
+    x_NCHW, weight_EKCRS = _dense(x_NCHW), weight_EKCRS.contiguous()
+    grad_y_NKPQ = grad_y_NKPQ.contiguous(memory_format=memory_format_of(x_NCHW))
+    chosen = _backend(backend, x_NCHW, weight_EKCRS, spec, training=True)
+    with torch.autocast(x_NCHW.device.type, enabled=False):
+        grads = chosen.backward(
+            grad_y_NKPQ, x_NCHW, routing_NE, weight_EKCRS, spec, (needs[0], needs[1], needs[2]), workspace_bytes
+        )
+    if grads[0] is not None:
+        grads = (grads[0].contiguous(memory_format=memory_format_of(x_NCHW)), *grads[1:])
+    grad_x, grad_routing, grad_weight = (
+        t.new_empty(0) if grad is None else grad.contiguous() if grad.dim() != 4 else grad
+        for t, grad in zip(inputs, grads, strict=True)
+    )
+    return grad_x, grad_routing, grad_weight
+
+
+@conv2d_backward.register_fake
+def _(
+    grad_y_NKPQ: Tensor,
+    x_NCHW: Tensor,
+    routing_NE: Tensor,
+    weight_EKCRS: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    backend: str,
+    needs: list[bool],
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_x = torch.empty_like(x_NCHW, memory_format=memory_format_of(_dense(x_NCHW)))
+    grad_routing = torch.empty_like(routing_NE, memory_format=torch.contiguous_format)
+    grad_weight = torch.empty_like(weight_EKCRS, memory_format=torch.contiguous_format)
+    return (
+        grad_x if needs[0] else x_NCHW.new_empty(0),
+        grad_routing if needs[1] else routing_NE.new_empty(0),
+        grad_weight if needs[2] else weight_EKCRS.new_empty(0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x_NCHW, routing_NE, weight_EKCRS, *options = inputs
+    ctx.save_for_backward(x_NCHW, routing_NE, weight_EKCRS)
+    ctx.options = options
+
+
+def _autograd(ctx: Any, grad_y_NKPQ: Tensor) -> tuple[Any, ...]:
+    stride, padding, dilation, groups, backend, _, workspace_bytes = ctx.options
+    needs = list(ctx.needs_input_grad[:3])
+    grads = conv2d_backward(
+        grad_y_NKPQ, *ctx.saved_tensors, stride, padding, dilation, groups, backend, needs, workspace_bytes
+    )
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *([None] * len(ctx.options))
+
+
+def _no_second_order(ctx: Any, *grads: Tensor) -> Any:
+    raise RuntimeError(
+        "CondConv's algorithms have first-order gradients only. For second-order gradients use backend='reference', "
+        "which is plain differentiable torch."
+    )
+
+
+conv2d.register_autograd(_autograd, setup_context=_setup_context)
+conv2d_backward.register_autograd(_no_second_order)
