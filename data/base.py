@@ -75,15 +75,17 @@ class ImageDataModule(pl.LightningDataModule):
             self.train_set = self.load(train=True)
         if self.val_set is None:
             self.val_set = self.load(train=False)
-        if stage == "fit":
-            self._check_batch_size(len(self.train_set))  # type: ignore[arg-type]  # set two lines above
+        if stage == "fit" and self.train_set is not None:
+            self._check_batch_size(len(self.train_set))
 
     def train_dataloader(self) -> ImageLoader:
         self.setup("fit")
+        assert self.train_set is not None
         return self.make_loader(self.train_set, train=True)
 
     def val_dataloader(self) -> ImageLoader:
         self.setup("validate")
+        assert self.val_set is not None
         return self.make_loader(self.val_set, train=False)
 
     def test_dataloader(self) -> ImageLoader:
@@ -117,9 +119,10 @@ class ImageDataModule(pl.LightningDataModule):
     def describe(self) -> str:
         """One line: name, numbers of images and classes, image size, batch size and, if any, the folder."""
         self.setup()
+        assert self.train_set is not None and self.val_set is not None
         root = getattr(self, "root", None)
         return (
-            f"{self.name}: {len(self.train_set)} training and {len(self.val_set)} evaluation images, "  # type: ignore[arg-type]
+            f"{self.name}: {len(self.train_set)} training and {len(self.val_set)} evaluation images, "
             f"{self.num_classes} classes, {self.image_size} x {self.image_size} pixels, "
             f"batch {self.batch_size_per_device} per device" + (f", in {root}" if root else "")
         )

@@ -40,7 +40,7 @@ def example_rng(*parts: int) -> Iterator[None]:
         generator.set_state(state)
 
 
-class EpochSampler(DistributedSampler):
+class EpochSampler(DistributedSampler[int]):
     """Shuffles the training set anew every epoch and yields keys `(epoch, index)`.
 
     The epoch travels with the key because persistent workers never see an attribute that is set later. Processes take
@@ -50,14 +50,15 @@ class EpochSampler(DistributedSampler):
     """
 
     def __init__(self, num_examples: int, *, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
-        super().__init__(range(num_examples), world_size, rank, shuffle=True, seed=seed, drop_last=True)
+        # Only the length of what it samples from is looked at.
+        super().__init__(range(num_examples), world_size, rank, shuffle=True, seed=seed, drop_last=True)  # type: ignore[arg-type]
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]  # keys carry the epoch
+    def __iter__(self) -> Iterator[Any]:  # a supertype of int, which Sampler promises, and of our keys
         for index in super().__iter__():
             yield self.epoch, index
 
 
-class ImageDataset(Dataset):
+class ImageDataset(Dataset[Any]):
     """A map from a sampler's key to one example (or, by `__getitems__`, from a list of keys to a whole batch)."""
 
     def collate(self, examples: Any) -> Batch | None:
@@ -71,10 +72,12 @@ class ImageDataset(Dataset):
         raise NotImplementedError
 
 
-class ImageLoader(DataLoader):
+class ImageLoader(DataLoader[Any]):
     """A DataLoader that lets the dataset report after every batch and leaves out batches without any example."""
 
-    def __iter__(self) -> Iterator[Batch]:
+    dataset: ImageDataset
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # DataLoader promises its private iterator class
         for batch in super().__iter__():
             self.dataset.check()
             if batch is not None:

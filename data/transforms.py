@@ -1,7 +1,7 @@
 """Transforms shared by the data sets: normalisation by name (on the device) and the ImageNet crops (in the workers)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from PIL import Image
@@ -58,7 +58,7 @@ class Normalize(nn.Module):
         return repr(self.name)
 
 
-def choice(what: str, value: str, allowed: Sequence[str] | dict) -> str:
+def choice(what: str, value: str, allowed: Collection[str]) -> str:
     """Returns `value` if it is one of `allowed`, else raises a ValueError that lists them."""
     if value not in allowed:
         raise ValueError(f"unknown {what} {value!r}; choose one of {', '.join(allowed)}")
@@ -77,7 +77,10 @@ def eval_transform(image_size: int, *, crop_fraction: float = 0.875, interpolati
         raise ValueError(f"crop fraction {crop_fraction}: expected a number above 0 and at most 1 (ImageNet: 0.875)")
     mode = INTERPOLATIONS[choice("interpolation", interpolation, INTERPOLATIONS)]
     resized = math.floor(image_size / crop_fraction)
-    return v2.Compose([v2.Resize(resized, interpolation=mode), v2.CenterCrop(image_size), v2.PILToTensor()])
+    transform: PilTransform = v2.Compose(
+        [v2.Resize(resized, interpolation=mode), v2.CenterCrop(image_size), v2.PILToTensor()]
+    )
+    return transform
 
 
 def train_transform(
@@ -135,4 +138,5 @@ def train_transform(
     steps.append(v2.PILToTensor())
     if random_erasing > 0:
         steps.append(v2.RandomErasing(random_erasing, value=colour))
-    return v2.Compose(steps)
+    transform: PilTransform = v2.Compose(steps)
+    return transform
