@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,12 +56,23 @@ class _CondLayer(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise each expert on its own, as `nn.Conv2d` and `nn.Linear` do: by the fan-in of one kernel."""
-        for expert, kernel in enumerate(self.weight):
+        for expert in range(self.num_experts):
+            kernel = self.weight[expert]  # iterating gives views that must not be written to under torch.device("meta")
             nn.init.kaiming_uniform_(kernel, a=math.sqrt(5))
             if self.bias is not None:
                 fan_in = kernel[0].numel()
                 bound = 1 / math.sqrt(fan_in) if fan_in > 0 else 0.0
                 nn.init.uniform_(self.bias[expert], -bound, bound)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        # `network.to(memory_format=torch.channels_last)` takes a 5-D weight for that of a 3-D convolution and fails: let the
+        # conversion see flat experts. Device and dtype conversions do not mind.
+        def convert(tensor: Tensor) -> Tensor:
+            if tensor.dim() != 5:
+                return fn(tensor)  # type: ignore[no-any-return]
+            return fn(tensor.flatten(1)).view(tensor.shape)  # type: ignore[no-any-return]
+
+        return super()._apply(convert, recurse)  # type: ignore[no-untyped-call]
 
     def _routing_weights(self, x: Tensor, routing_weights: Tensor | None) -> Tensor:
         if routing_weights is not None:
