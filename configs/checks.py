@@ -1,0 +1,154 @@
+"""Checks of a composed config before anything is built: each mistake gets one sentence that says what to do.
+
+What only the builders can know (a missing folder, a placement that matches nothing) they say themselves.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+import condconv
+from condconv.routing import ROUTINGS
+from configs.messages import UserError, did_you_mean
+
+MOST_EXPERTS = 1024
+SECRET = re.compile(r"api_?key|token|password|passwd|secret|credential", re.IGNORECASE)
+
+
+def check_train(cfg: DictConfig) -> None:
+    """Check the config of train.py.
+
+    Raises:
+        UserError: the first mistake found.
+    """
+    check_complete(cfg)
+    check_no_secrets(cfg)
+    check_condconv(cfg.condconv)
+    if cfg.data.get("_target_") is None:
+        raise UserError("data=as_trained is for eval.py; choose a data set: data=digits, data=imagenet data.root=...")
+    for key in ("task.label_smoothing", "model.drop_rate", "model.drop_path_rate"):
+        _number(cfg, key, "at least 0 and below 1", lambda x: 0 <= x < 1)
+    for key in ("optim.lr", "optim.base_lr"):
+        _number(cfg, key, "a number above 0", lambda x: 0 < x < math.inf)
+    check_seed(cfg)
+    check_trainer(cfg.trainer)
+    check_writable(Path(cfg.paths.run))
+
+
+def check_eval(cfg: DictConfig) -> None:
+    """Check the config of eval.py, the checkpoint itself aside.
+
+    Raises:
+        UserError: the first mistake found.
+    """
+    check_complete(cfg)
+    check_seed(cfg)
+    check_trainer(cfg.trainer)
+
+
+def check_complete(cfg: DictConfig) -> None:
+    """Every required value (`???`) is given, and every interpolation resolves."""
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise UserError(f"Give a value for {', '.join(missing)}: add {' '.join(f'{key}=...' for key in missing)}.")
+    OmegaConf.to_container(cfg, resolve=True)
+
+
+def check_no_secrets(cfg: DictConfig) -> None:
+    """No key holds a password: the config is saved beside the checkpoints, inside them and in W&B."""
+
+    def walk(node: Any, path: str) -> None:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                if SECRET.search(str(key)) and isinstance(value, str) and value:
+                    raise UserError(
+                        f"{path}{key} looks like a secret, and configs are saved in the clear. Remove it; for W&B use "
+                        f"`wandb login` or the environment variable WANDB_API_KEY."
+                    )
+                walk(value, f"{path}{key}.")
+        elif isinstance(node, list):
+            for value in node:
+                walk(value, path)
+
+    walk(OmegaConf.to_container(cfg, resolve=True), "")
+
+
+def check_condconv(cfg: DictConfig) -> None:
+    """Experts, routing, backend and the rates of the `condconv` group."""
+    experts = cfg.experts
+    if isinstance(experts, bool) or not isinstance(experts, int) or not 0 <= experts <= MOST_EXPERTS:
+        raise UserError(
+            f"condconv.experts={experts}: expected a whole number from 0 (the static network) to {MOST_EXPERTS}."
+        )
+    _choice("condconv.routing", cfg.routing, list(ROUTINGS))
+    _choice("condconv.backend", cfg.backend, ["auto", *(str(name) for name in condconv.list_backends())])
+    for key in ("dropout", "expert_dropout"):
+        _number(cfg, key, "at least 0 and below 1", lambda x: 0 <= x < 1, prefix="condconv.")
+    _number(cfg, "temperature", "a number above 0", lambda x: 0 < x < math.inf, prefix="condconv.")
+
+
+def check_seed(cfg: DictConfig) -> None:
+    """Seeds are what numpy takes: 0 to 2^32 - 1."""
+    if isinstance(cfg.seed, bool) or not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**32:
+        raise UserError(f"seed={cfg.seed}: expected a whole number from 0 to {2**32 - 1}.")
+
+
+def check_trainer(cfg: DictConfig) -> None:
+    """Lengths, devices and the accelerator that this machine must have."""
+    for key in ("accumulate_grad_batches", "num_nodes", "check_val_every_n_epoch", "log_every_n_steps"):
+        _whole(cfg, key, 1)
+    if cfg.max_steps == -1:
+        _whole(cfg, "max_epochs", 1)
+    else:
+        _whole(cfg, "max_steps", 1)
+    _choice("trainer.accelerator", cfg.accelerator, ["auto", "cpu", "gpu", "cuda", "mps", "tpu"])
+    _whole(cfg, "devices", 1)
+    gpus = torch.cuda.device_count()
+    if cfg.accelerator in ("gpu", "cuda") and gpus == 0:
+        raise UserError(f"trainer.accelerator={cfg.accelerator}, but torch sees no GPU here: use trainer=cpu.")
+    if cfg.accelerator in ("auto", "gpu", "cuda") and cfg.devices > max(gpus, 1):
+        found = f"{gpus} GPU{'s' if gpus != 1 else ''}"
+        raise UserError(
+            f"trainer.devices={cfg.devices}, but this machine has {found}: use trainer.devices={max(gpus, 1)}. "
+            f"(Several processes on a CPU, for tests: trainer=ddp trainer.accelerator=cpu.)"
+        )
+
+
+def check_writable(folder: Path) -> None:
+    """The run's folder can be made and written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"Cannot write to the output folder {folder}: {reason}. Set paths.outputs=...") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"Cannot write to the output folder {folder}. Set paths.outputs=...")
+
+
+def _choice(key: str, value: Any, choices: list[str]) -> None:
+    if value not in choices:
+        hint = did_you_mean(str(value), choices)
+        raise UserError(f"{key}={value}: there is no such choice. {hint}Choose one of: {', '.join(choices)}.")
+
+
+def _whole(cfg: DictConfig, key: str, smallest: int) -> None:
+    value = cfg[key]
+    if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+        raise UserError(f"trainer.{key}={value}: expected a whole number of at least {smallest}.")
+
+
+def _number(cfg: DictConfig, key: str, expected: str, holds: Callable[[float], bool], prefix: str = "") -> None:
+    value = OmegaConf.select(cfg, key)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not holds(value)):
+        raise UserError(f"{prefix}{key}={value}: expected {expected}.")

@@ -1,0 +1,146 @@
+"""Errors as one message: what is wrong, where, and what to do, instead of a traceback."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import (
+    ConfigCompositionException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+CONFIGS = Path(__file__).parent
+# What users cause and can repair; any other error is probably ours, so its place is printed too.
+USER_ERRORS = (ValueError, OSError, RuntimeError, ImportError, NotImplementedError, MisconfigurationException)
+# Warnings of libraries about each other, or about what the config says on purpose.
+NOISE = (
+    ".*treespec, LeafSpec.*",
+    ".*does not have many workers.*",
+    ".*Checkpoint directory .* exists and is not empty.*",
+    ".*The number of training batches .* is smaller than the logging interval.*",
+)
+TRACEBACK = "CONDCONV_TRACEBACK"
+
+
+class UserError(ValueError):
+    """Something in the config or on the command line that the user can repair; the message says how."""
+
+
+def did_you_mean(value: str, choices: Iterable[str]) -> str:
+    """The question whether the nearest of the choices was meant, or an empty string."""
+    close = difflib.get_close_matches(value, list(choices), n=1, cutoff=0.6)
+    return f"Did you mean {close[0]!r}? " if close else ""
+
+
+def explain(error: BaseException, config_name: str = "train") -> str:
+    """One message for an error, without a traceback."""
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        return explain(error.__cause__, config_name)
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, name = (error.missing_cfg_file or "").rpartition("/")
+        options = [option for option in error.options if option != name]
+        return f"There is no {group}={name}. {did_you_mean(name, options)}Choose one of: {', '.join(options)}."
+    if isinstance(error, ConfigCompositionException):
+        return _explain_composition(error, config_name)
+    if isinstance(error, OverrideParseException):
+        return (
+            f"Cannot read the argument {error.override!r}. Arguments have the form key=value, without spaces: {error}"
+        )
+    if isinstance(error, OmegaConfBaseException):
+        return str(error).strip()
+    if isinstance(error, USER_ERRORS):
+        return str(error).strip() or type(error).__name__
+    place = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None
+    where = f" ({Path(place.filename).name}:{place.lineno})" if place else ""
+    return f"{type(error).__name__}: {error}{where}. This looks like a mistake in the code rather than in the command."
+
+
+def _explain_composition(error: ConfigCompositionException, config_name: str) -> str:
+    found = re.search(r"Could not (?:override|append to config|delete from config)[^']*'([^']+)'", str(error))
+    if found is None:
+        return " ".join(str(part) for part in (error, error.__cause__) if part)
+    key = found.group(1).lstrip("+~")
+    known = known_keys(config_name)
+    if key in known:
+        return " ".join(str(part) for part in (error, error.__cause__) if part)
+    # A key of another group's file is likelier a wrong prefix than a wrong spelling: experts -> condconv.experts.
+    same_ending = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    hint = f"Did you mean {same_ending[0]!r}? " if same_ending else did_you_mean(key, known)
+    return f"There is no setting {key!r}. {hint}`--help` lists the most useful ones, `--cfg job` all of them."
+
+
+def known_keys(config_name: str) -> list[str]:
+    """All settings of the default config, dotted, and the names of the groups."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose(config_name)
+
+    def walk(node: DictConfig, prefix: str) -> Iterable[str]:
+        for key in node:
+            yield f"{prefix}{key}"
+            child = node._get_node(key)
+            if isinstance(child, DictConfig) and not child._is_none() and not child._is_interpolation():
+                yield from walk(child, f"{prefix}{key}.")
+
+    groups = [path.name for path in CONFIGS.iterdir() if path.is_dir() and not path.name.startswith("_")]
+    return [*walk(cfg, ""), *groups]
+
+
+def report(error: BaseException, config_name: str = "train") -> None:
+    """Print an error to stderr as one message, with the traceback only for who set HYDRA_FULL_ERROR=1."""
+    if os.environ.get(TRACEBACK) == "1":
+        traceback.print_exception(error)
+    print(f"error: {explain(error, config_name)}", file=sys.stderr)
+
+
+def run_job(task: Callable[[DictConfig], object], cfg: DictConfig, config_name: str) -> None:
+    """The body of a `hydra.main` function: the task gets its run's folder, and its errors are reported once.
+
+    In a sweep the error goes on to Hydra, which runs the other jobs first.
+    """
+    try:
+        cfg.paths.run = str(Path(HydraConfig.get().runtime.output_dir).absolute())
+        task(cfg)
+    except Exception as error:
+        report(error, config_name)
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            error.reported = True  # type: ignore[attr-defined]  # read below, after Hydra has carried it there
+            raise
+        sys.exit(1)
+
+
+def run_as_command(main: Callable[[], None], config_name: str) -> None:
+    """Call a `hydra.main` function; exit with 1 and one message if the config cannot be composed or a job failed."""
+    # Hydra prints tracebacks of its own unless told to pass exceptions on; processes started from here inherit our
+    # switch, not that one.
+    before = dict(os.environ)
+    for noise in NOISE:
+        warnings.filterwarnings("ignore", message=noise)
+    os.environ.setdefault(TRACEBACK, before.get("HYDRA_FULL_ERROR", "0"))
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        main()
+    except Exception as error:
+        if not getattr(error, "reported", False):
+            report(error, config_name)
+        sys.exit(1)
+    finally:
+        for name in (TRACEBACK, "HYDRA_FULL_ERROR"):
+            os.environ.pop(name, None)
+            os.environ.update({name: before[name]} if name in before else {})

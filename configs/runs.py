@@ -1,0 +1,114 @@
+"""A run's folder: the resolved config as a plain file, and how a checkpoint finds its config again."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from configs.messages import UserError
+
+CONFIG_FILE = "config.yaml"
+CONFIG_KEY = "config"
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The config as plain Python types, every value filled in."""
+    container = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def save_config(config: dict[str, Any], folder: Path) -> Path:
+    """Write the resolved config into a run's folder; a reader never sees half a file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / CONFIG_FILE
+    unfinished = path.with_suffix(".yaml.tmp")
+    unfinished.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    os.replace(unfinished, path)
+    return path
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Load a checkpoint of train.py on the CPU; a run's folder stands for its last.ckpt.
+
+    The result always has the run's config under `CONFIG_KEY`: the one inside the checkpoint, which cannot be of another
+    run, or else the file of its folder.
+
+    Raises:
+        UserError: there is no such file, it is no checkpoint, not one of ours, or it has lost its config.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        candidates = [path / "checkpoints" / "last.ckpt", path / "last.ckpt"]
+        found = next((candidate for candidate in candidates if candidate.is_file()), None)
+        if found is None:
+            raise UserError(f"There is no checkpoint in the folder {path}: looked for {candidates[0]}.")
+        path = found
+    if not path.is_file():
+        raise UserError(f"There is no checkpoint {path}. {_nearby(path)}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{path} is not a checkpoint of train.py, or it is truncated: torch.load(weights_only=True) fails."
+        ) from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise UserError(
+            f"{path} is not a checkpoint of train.py: it has no 'state_dict'. A file with bare weights is loaded in "
+            f"Python: models.create_model(...).load_state_dict(...)."
+        )
+    if CONFIG_KEY not in checkpoint:
+        checkpoint[CONFIG_KEY] = _config_beside(path)
+    return checkpoint
+
+
+def resumed_config(folder: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
+    """The saved config of a run that is to go on, with values such as `trainer.max_epochs=30` changed.
+
+    Raises:
+        UserError: the folder is no run's folder, or an override is not of a value that the config has.
+    """
+    folder = Path(folder).expanduser()
+    saved = folder / CONFIG_FILE
+    if not saved.is_file() or not (folder / "checkpoints" / "last.ckpt").is_file():
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()  # Hydra has just made it
+        raise UserError(f"resume={folder}: not the folder of a run (it needs {CONFIG_FILE} and checkpoints/last.ckpt).")
+    cfg = OmegaConf.create(yaml.safe_load(saved.read_text(encoding="utf-8")))
+    OmegaConf.set_struct(cfg, True)
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        key = override.key_or_group
+        if key == "resume":
+            continue
+        if OmegaConf.select(cfg, key) is None or isinstance(OmegaConf.select(cfg, key), DictConfig):
+            raise UserError(f"resume= goes on with the saved config; of {key} only single values can be changed.")
+        OmegaConf.update(cfg, key, override.value())
+    cfg.resume = cfg.paths.run = str(folder.absolute())
+    return cfg
+
+
+def _config_beside(path: Path) -> dict[str, Any]:
+    for folder in (path.parent, path.parent.parent):
+        if (folder / CONFIG_FILE).is_file():
+            config = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+            assert isinstance(config, dict)
+            return config
+    raise UserError(f"{path} holds no config, and there is no {CONFIG_FILE} beside it: was it written by train.py?")
+
+
+def _nearby(path: Path) -> str:
+    """What there is instead: the checkpoints of the nearest existing folder."""
+    folder = next(parent for parent in path.absolute().parents if parent.is_dir())
+    files = [*folder.glob("*.ckpt"), *folder.glob("*/*.ckpt")]
+    found = sorted(files, key=lambda file: file.stat().st_mtime, reverse=True)[:3]
+    if found:
+        return f"Newest in {folder}: {', '.join(str(file) for file in found)}."
+    return f"There are none in {folder} either."

@@ -1,0 +1,71 @@
+"""Statistics of the routing weights of a network in training, from a few validation batches."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+from condconv.analysis import RoutingStatistics as Accumulator
+from condconv.analysis import record_routing
+from condconv.routing import Router
+
+
+class RoutingStatistics(Callback):
+    """Logs for each router `routing/<block>/mean`, `entropy`, `saturation`, `dead_experts` and so on after validation.
+
+    The figures are defined in `condconv.analysis`. Loggers with `log_histograms` (W&B) also get, for each router, the
+    histogram of all its weights. Networks without routers (experts=0) are left alone.
+
+    Args:
+        max_batches: validation batches that are looked at; hooks are on the routers only while these pass.
+    """
+
+    def __init__(self, max_batches: int = 8) -> None:
+        if max_batches < 1:
+            raise ValueError(f"max_batches must be at least 1, got {max_batches}; to log none: callbacks.routing=null")
+        self.max_batches = max_batches
+        self._hooks = ExitStack()
+        self._statistics: dict[str, Accumulator] = {}
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._statistics = {}
+        if any(isinstance(module, Router) for module in pl_module.net.modules()) and trainer.is_global_zero:
+            self._statistics = self._hooks.enter_context(record_routing(pl_module.net))
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if batch_idx + 1 >= self.max_batches:
+            self._hooks.close()
+
+    @torch.no_grad()
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._hooks.close()
+        scalars: dict[str, float] = {}
+        histograms: dict[str, torch.Tensor] = {}
+        for name, statistics in self._statistics.items():
+            if not statistics.num_examples:
+                continue
+            summary = statistics.compute()
+            block = name.removesuffix(".router")
+            scalars |= {f"routing/{block}/{key}": value for key, value in summary.scalars().items()}
+            histograms[f"routing/{block}/weights"] = summary.histogram.sum(0)
+        if not scalars:
+            return
+        scalars["routing/dead_experts"] = sum(v for key, v in scalars.items() if key.endswith("/dead_experts"))
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step=trainer.global_step)
+            if hasattr(logger, "log_histograms"):
+                logger.log_histograms(histograms, step=trainer.global_step)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._hooks.close()

@@ -1,0 +1,23 @@
+"""What a checkpoint holds besides Lightning's own entries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+
+class SavedConfig(Callback):
+    """Puts the run's config into every checkpoint, so that a file that was moved still says how it was made.
+
+    Args:
+        config: resolved, plain types only: checkpoints load with `weights_only=True`.
+    """
+
+    KEY = "config"
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint[self.KEY] = self.config

@@ -1,0 +1,145 @@
+"""Image classification as a LightningModule: what is learned, how it is measured, how the steps are scheduled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from models.ema import WeightAverage
+
+Batch = tuple[Tensor, Tensor]
+STAGES = ("train", "val", "val_ema", "test", "test_ema")
+
+
+class ClassificationModule(pl.LightningModule):
+    """Cross entropy on one network; top-1, top-5 and loss on validation and test images.
+
+    With a weight average (`models.ema.WeightAverageCallback`) every evaluation is made twice, with the raw weights
+    (`val/...`) and with the averaged ones (`val_ema/...`).
+
+    Args:
+        net: images float `[N, 3, H, W]` -> logits `[N, num_classes]`.
+        num_classes: at least 2; top-5 is top-`num_classes` where there are fewer than 5.
+        optimizer: network -> optimiser; None for evaluation alone.
+        schedule: (steps_per_epoch=, total_epochs=) -> function from the optimiser step to a factor of the learning
+            rate, applied before every optimiser step; None keeps it constant.
+        label_smoothing: of the training loss only; reported validation losses are plain cross entropies.
+        channels_last: memory format of images and kernels; values are the same, CPUs are twice as fast.
+        compile: compile the network in place, so that the keys of its weights keep their names.
+        batch_transform: changes a training batch on the device, (images, labels) -> (images, labels or class
+            probabilities `[N, num_classes]`): the place for mixup.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        num_classes: int,
+        *,
+        optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
+        schedule: Callable[..., Callable[[int], float]] | None = None,
+        label_smoothing: float = 0.0,
+        channels_last: bool = True,
+        compile: bool = False,
+        batch_transform: Callable[[Tensor, Tensor], Batch] | None = None,
+    ) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise ValueError(f"Classification needs at least 2 classes, the data has {num_classes}.")
+        self.net = net
+        self.num_classes = num_classes
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.label_smoothing = label_smoothing
+        self.channels_last = channels_last
+        self.batch_transform = batch_transform
+        self.weight_average: WeightAverage | None = None
+        self.metrics = nn.ModuleDict({f"{stage}_metrics": _stage_metrics(num_classes) for stage in STAGES})
+        if channels_last:
+            to_channels_last(net)
+        if compile:
+            net.compile()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits `[N, num_classes]` of normalised images `[N, 3, H, W]`."""
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        logits: Tensor = self.net(images)
+        return logits
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        images, labels = batch
+        targets = labels
+        if self.batch_transform is not None:
+            images, targets = self.batch_transform(images, labels)
+        logits = self(images)
+        loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing)
+        self.log("train/loss", loss.detach(), on_step=True, on_epoch=False, prog_bar=True, batch_size=len(images))
+        if targets is labels:
+            self._measure("train", logits.detach(), labels)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate("test", batch)
+
+    def _evaluate(self, stage: str, batch: Batch) -> None:
+        images, labels = batch
+        self._measure(stage, self(images), labels)
+        if self.weight_average is not None:
+            with self.weight_average.applied(self.net):
+                self._measure(f"{stage}_ema", self(images), labels)
+
+    def _measure(self, stage: str, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch to the stage's figures, which Lightning logs and resets at the end of the epoch."""
+        logits = logits.float()
+        metrics = self.metrics[f"{stage}_metrics"]
+        metrics["top1"].update(logits, labels)
+        self.log(f"{stage}/top1", metrics["top1"], on_step=False, on_epoch=True, prog_bar=True)
+        if stage != "train":
+            metrics["top5"].update(logits, labels)
+            metrics["loss"].update(F.cross_entropy(logits, labels, reduction="none"))
+            self.log(f"{stage}/top5", metrics["top5"], on_step=False, on_epoch=True)
+            self.log(f"{stage}/loss", metrics["loss"], on_step=False, on_epoch=True)
+
+    def configure_optimizers(self) -> Any:
+        if self.optimizer is None:
+            raise ValueError("This module was built for evaluation: it has no optimiser.")
+        optimizer = self.optimizer(self.net)
+        if self.schedule is None:
+            return optimizer
+        total_steps = self.trainer.estimated_stepping_batches
+        steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        factor = self.schedule(steps_per_epoch=steps_per_epoch, total_epochs=total_steps / steps_per_epoch)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def to_channels_last(net: nn.Module) -> nn.Module:
+    """Put the 4-D parameters and buffers into channels_last memory format, in place.
+
+    `net.to(memory_format=...)` refuses networks with expert weights, which have five dimensions.
+    """
+    for tensor in (*net.parameters(), *net.buffers()):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+    return net
+
+
+def _stage_metrics(num_classes: int) -> nn.ModuleDict:
+    return nn.ModuleDict(
+        {
+            "top1": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
+            "top5": MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro", validate_args=False),
+            "loss": MeanMetric(nan_strategy="disable"),
+        }
+    )

@@ -1,0 +1,213 @@
+"""Loggers: metrics.csv in the run's folder, always, and Weights & Biases beside it.
+
+wandb is imported when a W&B run is started and not before, so `logger=none` works where it is not installed.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.loggers.logger import Logger, rank_zero_experiment
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
+from torch import Tensor
+
+
+class MetricsCsv(Logger):
+    """Appends metrics to `<folder>/metrics.csv`, one line per step at which something was logged.
+
+    Lightning's CSVLogger deletes the file when a run is resumed; this one reads it and goes on. A line is on disk as
+    soon as the next step begins; the file is rewritten, through a temporary one, only when a new metric appears.
+    """
+
+    FILE = "metrics.csv"
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__()
+        self.folder = Path(folder)
+        self.path = self.folder / self.FILE
+        self._columns: list[str] = []
+        self._row: dict[str, Any] = {}
+
+    @property
+    def name(self) -> str:
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.folder)
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the config has its own file, config.yaml."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        values = {key: value.item() if isinstance(value, Tensor) else value for key, value in metrics.items()}
+        if self._row and self._row["step"] != step:
+            self._write()
+        self._row = {"step": step, **self._row, **values}
+
+    def save(self) -> None:
+        """Nothing: Lightning calls this after every `log_metrics`, and a step's metrics come in several calls."""
+
+    def _write(self) -> None:
+        if not self._row:
+            return
+        row, self._row = self._row, {}
+        if not self._columns and self.path.exists():
+            with self.path.open(newline="", encoding="utf-8") as file:
+                self._columns = next(csv.reader(file), [])
+        new = [key for key in row if key not in self._columns]
+        if new:
+            self._add_columns(new)
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self._columns).writerow(row)
+
+    def _add_columns(self, new: list[str]) -> None:
+        rows: list[dict[str, str]] = []
+        if self.path.exists():
+            with self.path.open(newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+        self._columns = [*self._columns, *new]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        unfinished = self.path.with_suffix(".csv.tmp")
+        with unfinished.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self._columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(unfinished, self.path)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self._write()
+
+
+class WandbRun(WandbLogger):
+    """Lightning's WandbLogger that never asks and never fails for want of a login or a network.
+
+    Args:
+        folder: the run's folder; W&B's files go to `<folder>/wandb`, and the run's id to `<folder>/wandb_id`, so that a
+            resumed training continues the same W&B run.
+        mode: "auto" is online if there is an API key (environment, netrc) and the server can be reached, else offline;
+            "online" and "offline" as they say. The environment variable WANDB_MODE wins over "auto".
+    """
+
+    ID_FILE = "wandb_id"
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        project: str = "condconv",
+        entity: str | None = None,
+        name: str | None = None,
+        group: str | None = None,
+        tags: list[str] | tuple[str, ...] = (),
+        mode: str = "auto",
+    ) -> None:
+        if mode not in ("auto", "online", "offline"):
+            raise ValueError(f"logger.wandb.mode={mode}: there are auto, online and offline (and logger=none).")
+        options = {"entity": entity, "group": group, "tags": list(tags)}
+        super().__init__(name=name, save_dir=str(folder), project=project, **options)
+        self.folder = Path(folder)
+        self.mode = mode
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The wandb run, started on first use."""
+        if self._experiment is None:
+            self._experiment = self._start()
+        return self._experiment
+
+    def _start(self) -> Any:
+        import wandb
+
+        if wandb.run is not None:  # of an earlier job of this process: one W&B run for each job
+            wandb.finish()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        mode, reason = choose_mode(self.mode)
+        if reason:
+            rank_zero_info(
+                f"W&B runs offline ({reason}). Upload it later: wandb sync {self.folder}/wandb/offline-run-*"
+            )
+        options = {**self._wandb_init, "id": self._saved_id(), "resume": "allow"}
+        # Console output and code stay here: they may hold what nobody wants on a server.
+        settings = wandb.Settings(console="off", init_timeout=30, quiet=True, save_code=False)
+        try:
+            run = wandb.init(mode=mode, settings=settings, **options)
+        except Exception as error:  # whatever keeps W&B from the server must not keep anybody from training
+            if mode != "online" or self.mode == "online":
+                raise
+            rank_zero_info(f"W&B runs offline ({type(error).__name__}: {error})")
+            run = wandb.init(mode="offline", settings=settings, **options)
+        (self.folder / self.ID_FILE).write_text(run.id, encoding="utf-8")
+        run.define_metric("trainer/global_step")
+        run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+        for metric in ("val/top1", "val_ema/top1"):
+            run.define_metric(metric, step_metric="trainer/global_step", summary="max,last")
+        return run
+
+    def _saved_id(self) -> str | None:
+        path = self.folder / self.ID_FILE
+        return path.read_text(encoding="utf-8").strip() if path.exists() else None
+
+    @rank_zero_only
+    def log_histograms(self, counts: Mapping[str, Tensor], step: int) -> None:
+        """Log histograms over [0, 1]; each tensor holds the counts of equal bins."""
+        import numpy
+        import wandb
+
+        edges = {key: numpy.linspace(0.0, 1.0, len(count) + 1) for key, count in counts.items()}
+        histograms = {
+            key: wandb.Histogram(np_histogram=(count.cpu().numpy(), edges[key])) for key, count in counts.items()
+        }
+        self.experiment.log({**histograms, "trainer/global_step": step})
+
+    def place(self) -> str:
+        """Where the run can be looked at: its address, or the folder to sync."""
+        run = self._experiment
+        return "not started" if run is None else run.url or str(Path(run.dir).parent)
+
+    @rank_zero_only
+    def finish(self, exit_code: int = 0) -> None:
+        """End the W&B run, so that the next job of this process gets its own."""
+        if self._experiment is not None:
+            self._experiment.finish(exit_code=exit_code)
+            self._experiment = None
+
+
+def choose_mode(wanted: str) -> tuple[str, str | None]:
+    """("online" or "offline", or what WANDB_MODE says; why offline, if that is not what was asked for)."""
+    if wanted != "auto":
+        return wanted, None
+    if os.environ.get("WANDB_MODE"):
+        return os.environ["WANDB_MODE"], None
+    import wandb
+
+    api_key = os.environ.get("WANDB_API_KEY") or wandb.api.api_key
+    if not api_key:
+        return "offline", "not logged in: `wandb login`"
+    url = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    behind_proxy = any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
+    if not behind_proxy and not _reachable(url.hostname or "", url.port or (443 if url.scheme == "https" else 80)):
+        return "offline", f"no connection to {url.hostname}"
+    return "online", None
+
+
+def _reachable(host: str, port: int, timeout_s: float = 3.0) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=timeout_s):
+            return True
+    except OSError:
+        return False

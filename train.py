@@ -1,0 +1,90 @@
+"""Train a network: `python train.py model=efficientnet_b0 condconv.experts=8`; `python train.py --help` says more."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytorch_lightning as pl
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+from torch import nn
+
+from configs.checks import check_train
+from configs.messages import run_as_command, run_job
+from configs.resolvers import register_resolvers
+from configs.runs import plain, resumed_config, save_config
+from models.callbacks import SavedConfig, print_training_results
+
+register_resolvers()
+
+
+def build_network(model: DictConfig, condconv: DictConfig, num_classes: int) -> nn.Module:
+    """The network that a config's groups `model` and `condconv` describe."""
+    return instantiate(model, _convert_="all", **condconv, num_classes=num_classes)
+
+
+def train(cfg: DictConfig) -> dict[str, float]:
+    """Train as the config says; returns the final figures by name (`val/top1`, `test/top1`, `train/loss`, ...).
+
+    Raises:
+        ValueError, OSError, RuntimeError: the config or the data cannot work; the message says what to do.
+    """
+    if cfg.resume is not None:
+        cfg = resumed_config(cfg.resume, HydraConfig.get().overrides.task if HydraConfig.initialized() else ())
+    check_train(cfg)
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    datamodule = instantiate(cfg.data, _convert_="all")
+    if rank_zero_only.rank == 0:  # mistakes in the data come to light before any run is started
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+    cfg.model.num_classes = datamodule.num_classes
+    net = build_network(cfg.model, cfg.condconv, datamodule.num_classes)
+    recipe = {key: instantiate(cfg.optim[key], _convert_="all") for key in ("optimizer", "schedule")}
+    module = instantiate(cfg.task, _partial_=True)(net, datamodule.num_classes, **recipe)
+    config = plain(cfg)
+    callbacks = [c for c in instantiate(cfg.callbacks, _convert_="all").values() if c is not None]
+    loggers = [logger for logger in instantiate(cfg.logger, _convert_="all").values() if logger is not None]
+    trainer = instantiate(cfg.trainer, _partial_=True)(callbacks=[*callbacks, SavedConfig(config)], logger=loggers)
+    return run(cfg, config, trainer, module, datamodule)
+
+
+def run(
+    cfg: DictConfig, config: dict[str, Any], trainer: pl.Trainer, module: pl.LightningModule, datamodule: Any
+) -> dict[str, float]:
+    """Fit, evaluate the final weights, show the results; loggers end well or badly, but they end."""
+    folder, start, failed = Path(cfg.paths.run), time.perf_counter(), True
+    try:
+        if trainer.is_global_zero:
+            save_config(config, folder)
+            print(datamodule.describe())
+        for logger in trainer.loggers:
+            logger.log_hyperparams(config)
+        last = folder / "checkpoints" / "last.ckpt"
+        trainer.fit(module, datamodule=datamodule, ckpt_path=last if cfg.resume else None)
+        figures = dict(trainer.callback_metrics)
+        if cfg.test:
+            trainer.test(module, datamodule=datamodule, verbose=False)
+            figures |= trainer.callback_metrics
+        figures = {key: float(value) for key, value in sorted(figures.items())}
+        print_training_results(trainer, figures, folder, time.perf_counter() - start)
+        failed = False
+    finally:
+        for logger in trainer.loggers:
+            if hasattr(logger, "finish"):
+                logger.finish(exit_code=int(failed))
+    return figures
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="train")
+def main(cfg: DictConfig) -> None:
+    """The command."""
+    run_job(train, cfg, "train")
+
+
+if __name__ == "__main__":
+    run_as_command(main, "train")
