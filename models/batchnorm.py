@@ -12,7 +12,6 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from pytorch_lightning import Callback, LightningModule, Trainer
 from timm.layers import SyncBatchNormAct
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
@@ -151,15 +150,3 @@ def _activate(module: nn.Module, y: Tensor) -> Tensor:
     if hasattr(module, "act"):
         return module.act(module.drop(y))
     return y
-
-
-class BatchNormGroups(Callback):
-    """Calls `group_batchnorm` on `pl_module.net` when training starts, once the processes know each other."""
-
-    def __init__(self, examples: int | Literal["all"], batch_size_per_device: int) -> None:
-        self.examples = examples
-        self.batch_size_per_device = batch_size_per_device
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            group_batchnorm(pl_module.net, self.examples, self.batch_size_per_device)

@@ -23,7 +23,6 @@ class BatchMixer:
     The partner of image `i` is image `N - 1 - i`; of an odd batch the last image stays as it is.
 
     Args:
-        num_classes: number of classes of the soft targets.
         mixup_alpha: mixup with weights from Beta(alpha, alpha); 0: no mixup.
         cutmix_alpha: cutmix with areas from Beta(alpha, alpha); 0: no cutmix.
         prob: probability that a batch (or an image, see `mode`) is mixed at all.
@@ -31,7 +30,6 @@ class BatchMixer:
         mode: one draw per "batch", per "pair" of images or per image ("elem").
         keep_larger: the image keeps the larger share, `max(w, 1 - w)`; "elem" mixup only. Together that is the authors'
             mixup (tensorflow/tpu, official/efficientnet/imagenet_input.py) [seen], which is off by default.
-        label_smoothing: smoothing of the soft targets, `(1 - s) * one_hot + s / num_classes`, as in TensorFlow.
         seed: first number of every draw's seed.
 
     Raises:
@@ -40,7 +38,6 @@ class BatchMixer:
 
     def __init__(
         self,
-        num_classes: int,
         *,
         mixup_alpha: float = 0.0,
         cutmix_alpha: float = 0.0,
@@ -48,7 +45,6 @@ class BatchMixer:
         switch_prob: float = 0.5,
         mode: str = "batch",
         keep_larger: bool = False,
-        label_smoothing: float = 0.0,
         seed: int = 0,
     ) -> None:
         if min(mixup_alpha, cutmix_alpha) < 0 or mixup_alpha + cutmix_alpha <= 0:
@@ -56,17 +52,12 @@ class BatchMixer:
                 "Mixing needs mixup_alpha or cutmix_alpha above 0 (and neither below), "
                 f"got {mixup_alpha} and {cutmix_alpha}; to train without it, leave the mixer out."
             )
-        if not (0 <= prob <= 1 and 0 <= switch_prob <= 1 and 0 <= label_smoothing < 1):
-            raise ValueError(
-                "prob and switch_prob must be in [0, 1] and label_smoothing in [0, 1), "
-                f"got {prob}, {switch_prob} and {label_smoothing}."
-            )
+        if not (0 <= prob <= 1 and 0 <= switch_prob <= 1):
+            raise ValueError(f"prob and switch_prob must be in [0, 1], got {prob} and {switch_prob}.")
         if mode not in MODES:
             raise ValueError(f"Unknown mixing mode {mode!r}; choose one of {', '.join(MODES)}.")
         if keep_larger and (mode != "elem" or cutmix_alpha > 0):
             raise ValueError("keep_larger is the authors' mixup: it needs mode='elem' and cutmix_alpha=0.")
-        self.num_classes = num_classes
-        self.label_smoothing = label_smoothing
         self.seed = seed
         mixup = _ElementMixup if mode == "elem" and cutmix_alpha == 0 else Mixup
         self._mixup = mixup(
@@ -75,32 +66,34 @@ class BatchMixer:
             prob=prob,
             switch_prob=switch_prob,
             mode=mode,
-            label_smoothing=label_smoothing,
-            num_classes=num_classes,
+            label_smoothing=0.0,
         )
         if keep_larger:
             self._mixup.keep_larger = True
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, labels: Tensor, position: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, images: Tensor, labels: Tensor, num_classes: int, position: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
         """Mix a batch.
 
         Args:
             images: `[N, C, H, W]`, floating point, on any device; not changed.
-            labels: `[N]` int64.
+            labels: `[N]` int64, below `num_classes`.
             position: non-negative integers that name this batch among all of the training, on all processes.
 
         Returns:
-            Mixed images, and soft targets `[N, num_classes]` float32, smoothed already:
-            `torch.nn.functional.cross_entropy(logits, targets)` is the loss.
+            Mixed images, and class probabilities `[N, num_classes]` float32, not smoothed: cross entropy with
+            `label_smoothing` does that, to the same effect as smoothing before mixing.
         """
         if not images.is_floating_point():
             raise ValueError(f"Mixing needs floating-point images, got {images.dtype}: normalise them first.")
-        targets = mixup_target(labels, self.num_classes, 1.0, self.label_smoothing)
+        targets = mixup_target(labels, num_classes)
         even = len(images) - len(images) % 2
         if even == 0:
             return images, targets
         images = images.clone()  # timm mixes in place, but the batch may belong to a cache
+        self._mixup.num_classes = num_classes
         with _numpy_seeded(self.seed, *position):
             _, targets[:even] = self._mixup(images[:even], labels[:even])
         return images, targets

@@ -12,7 +12,8 @@ import torch.multiprocessing as mp
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from models.batchnorm import BatchNormGroups, configure_batchnorm, group_batchnorm
+from models.batchnorm import configure_batchnorm, group_batchnorm
+from models.callbacks.batchnorm import BatchNormGroups
 
 CHANNELS = 3
 PARTS = (3, 4)  # examples of the two processes: sizes that differ, on purpose
@@ -119,6 +120,7 @@ def test_the_callback_converts_for_training_only() -> None:
     class Holder:
         net = nn.Sequential(nn.BatchNorm2d(3))
 
+    BatchNormGroups(None, 8).setup(None, Holder, "fit")
     callback = BatchNormGroups(examples=4, batch_size_per_device=8)
     callback.setup(None, Holder, "validate")
     assert type(Holder.net[0]) is nn.BatchNorm2d
