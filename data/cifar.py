@@ -79,7 +79,8 @@ class TorchvisionDataModule(ImageDataModule):
         try:
             return dataset(str(self.root), train=train, download=download)
         except Exception as error:  # torchvision raises whatever its download, unpacking and unpickling raise
-            reason = " ".join(str(error).split()).rstrip(".")
+            # On one line, and without the advice that is torchvision's spelling of ours.
+            reason = " ".join(str(error).split()).rstrip(".").removesuffix(" You can use download=True to download it")
             if download:
                 raise ConnectionError(
                     f"{self.name} could not be downloaded to {where}: {reason}. Check the network, or put the files "
