@@ -34,8 +34,9 @@ class ClassificationModule(pl.LightningModule):
         label_smoothing: of the training loss only; reported validation losses are plain cross entropies.
         channels_last: memory format of images and kernels; values are the same, CPUs are twice as fast.
         compile: compile the network in place, so that the keys of its weights keep their names.
-        batch_transform: changes a training batch on the device, (images, labels) -> (images, labels or class
-            probabilities `[N, num_classes]`): the place for mixup.
+        batch_transform: changes a training batch on the device, (images, labels, num_classes, position) -> (images,
+            labels or class probabilities `[N, num_classes]`): the place for `models.mixing.BatchMixer`. The position
+            is (epoch, batch, rank), so that what it draws can depend on that alone and is the same after a resume.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class ClassificationModule(pl.LightningModule):
         label_smoothing: float = 0.0,
         channels_last: bool = True,
         compile: bool = False,
-        batch_transform: Callable[[Tensor, Tensor], Batch] | None = None,
+        batch_transform: Callable[[Tensor, Tensor, int, tuple[int, ...]], Batch] | None = None,
     ) -> None:
         super().__init__()
         if num_classes < 2:
@@ -78,7 +79,8 @@ class ClassificationModule(pl.LightningModule):
         images, labels = batch
         targets = labels
         if self.batch_transform is not None:
-            images, targets = self.batch_transform(images, labels)
+            position = (self.current_epoch, batch_idx, self.global_rank)
+            images, targets = self.batch_transform(images, labels, self.num_classes, position)
         logits = self(images)
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing)
         self.log("train/loss", loss.detach(), on_step=True, on_epoch=False, prog_bar=True, batch_size=len(images))
