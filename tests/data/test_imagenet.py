@@ -104,7 +104,7 @@ def test_images_do_not_depend_on_workers(tmp_path):
     assert not torch.equal(alone[0], alone[1])
 
 
-# ---- wrong folders: (what is broken, which exception, what its message must say) ----
+# Ways to break the folders, for the table of messages below.
 
 
 def missing_root(root):
@@ -193,9 +193,6 @@ def test_class_without_evaluation_images_is_warned_of(root):
 def test_wrong_options_are_named(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         module(tmp_path, **options)
-
-
-# ---- corrupt images ----
 
 
 @pytest.mark.parametrize("workers", [0, 2])
