@@ -11,7 +11,7 @@ from torch import Tensor
 from condconv.ops import reference
 from condconv.ops.operator import conv2d
 from condconv.ops.registry import REFERENCE, check_name
-from condconv.ops.spec import ConvSpec, mixing_dtype
+from condconv.ops.spec import ConvSpec, mixing_dtype, without_autocast
 
 IntPair = int | tuple[int, int]
 Padding = int | tuple[int, int] | Literal["same", "valid", "same_tf"]
@@ -88,7 +88,8 @@ def _compute_input(x: Tensor, weight: Tensor) -> Tensor:
         raise ValueError(
             f"x must be floating point, got {x.dtype}; convert images with x.float() / 255 or a normalisation."
         )
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    available = torch.amp.is_autocast_available(x.device.type)
+    if available and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(x.device.type))
     if x.dtype != weight.dtype:
         raise ValueError(f"x is {x.dtype} but the weight is {weight.dtype}; convert one, or use torch.autocast.")
@@ -145,7 +146,7 @@ def condconv2d(
             f"into a {size_HW[0]}x{size_HW[1]} map."
         )
     if backend == REFERENCE:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             return reference.condconv2d(x, routing_weights, weight, bias, spec)
     training = torch.is_grad_enabled() and (x.requires_grad or routing_weights.requires_grad or weight.requires_grad)
     y = conv2d(
@@ -155,7 +156,7 @@ def condconv2d(
 
 
 def _mix_bias(routing_weights: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    with torch.autocast(routing_weights.device.type, enabled=False):
+    with without_autocast(routing_weights.device):
         mix = mixing_dtype(routing_weights, bias)
         return (routing_weights.to(mix) @ bias.to(mix)).to(dtype)
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from condconv.ops.spec import without_autocast
+
 NETWORK_WIDE = ("single", "partially_shared")
 """Rules for sharing `fc` routers between blocks; `condconv.convert` implements them."""
 
@@ -61,7 +63,7 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Routing weights `[N, E]` in float32 of inputs `[N, C]` or `[N, C, ...]`."""
         self._check(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             return self._drop(self.activation(self.logits(pool(x))))
 
     def _check(self, x: Tensor) -> None:
@@ -181,7 +183,7 @@ class HierarchicalRouter(FCRouter):
         given = 0 if previous_routing_NE is None else previous_routing_NE.shape[1]
         if given != self.prev_experts:
             raise ValueError(f"This router expects {self.prev_experts} previous routing weights, got {given}.")
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             pooled = pool(x)
             if previous_routing_NE is not None:
                 pooled = torch.cat([pooled, previous_routing_NE.to(pooled.dtype)], dim=1)

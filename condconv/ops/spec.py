@@ -5,6 +5,7 @@ Letters used in all of `condconv.ops`: N batch, C H W input, K P Q output, R S k
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -159,3 +160,9 @@ def memory_format_of(x_NCHW: Tensor) -> torch.memory_format:
 def mixing_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype kernels are mixed in: float64 when any tensor is float64, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast off for this device; where there is none (meta tensors, on which networks are counted) nothing happens."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
