@@ -64,7 +64,7 @@ class ClassificationModule(pl.LightningModule):
         self.weight_average: WeightAverage | None = None
         self.metrics = nn.ModuleDict({f"{stage}_metrics": _stage_metrics(num_classes) for stage in STAGES})
         if channels_last:
-            to_channels_last(net)
+            net.to(memory_format=torch.channels_last)
         if compile:
             net.compile()
 
@@ -124,17 +124,6 @@ class ClassificationModule(pl.LightningModule):
         factor = self.schedule(steps_per_epoch=steps_per_epoch, total_epochs=total_steps / steps_per_epoch)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-def to_channels_last(net: nn.Module) -> nn.Module:
-    """Put the 4-D parameters and buffers into channels_last memory format, in place.
-
-    `net.to(memory_format=...)` refuses networks with expert weights, which have five dimensions.
-    """
-    for tensor in (*net.parameters(), *net.buffers()):
-        if tensor.ndim == 4:
-            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
-    return net
 
 
 def _stage_metrics(num_classes: int) -> nn.ModuleDict:

@@ -15,7 +15,7 @@ from urllib.parse import urlparse
 
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.loggers.logger import Logger, rank_zero_experiment
-from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 
@@ -149,7 +149,7 @@ class WandbRun(WandbLogger):
         except Exception as error:  # whatever keeps W&B from the server must not keep anybody from training
             if mode != "online" or self.mode == "online":
                 raise
-            rank_zero_info(f"W&B runs offline ({type(error).__name__}: {error})")
+            print(f"W&B runs offline ({type(error).__name__}: {error})")
             run = wandb.init(mode="offline", settings=settings, **options)
         (self.folder / self.ID_FILE).write_text(run.id, encoding="utf-8")
         run.define_metric("trainer/global_step")
@@ -177,7 +177,9 @@ class WandbRun(WandbLogger):
     def place(self) -> str:
         """Where the run can be looked at: its address, or the folder to sync."""
         run = self._experiment
-        return "not started" if run is None else run.url or str(Path(run.dir).parent)
+        if run is None:
+            return "not started"
+        return str(Path(run.dir).parent) if run.offline else str(run.url)
 
     @rank_zero_only
     def finish(self, exit_code: int = 0) -> None:

@@ -21,18 +21,20 @@ class ModelTable(Callback):
 
     Args:
         image_size: side of the images, on which MADDs depend.
+        title: the network's name.
         layers: whether the table has a line for every layer; otherwise one for each part of the network.
     """
 
-    def __init__(self, image_size: int, layers: bool = False) -> None:
+    def __init__(self, image_size: int, title: str = "network", layers: bool = False) -> None:
         self.image_size = image_size
+        self.title = title
         self.layers = layers
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
         counted = complexity(pl_module.net, self.image_size)
-        print_model(counted, type(pl_module.net).__name__, self.layers)
+        print_model(counted, self.title, self.layers)
         for logger in trainer.loggers:
             logger.log_metrics(model_figures(counted), step=trainer.global_step)
 

@@ -62,10 +62,11 @@ class RoutingStatistics(Callback):
         if not scalars:
             return
         scalars["routing/dead_experts"] = sum(v for key, v in scalars.items() if key.endswith("/dead_experts"))
+        step = max(trainer.global_step - 1, 0)  # where Lightning puts this validation's metrics
         for logger in trainer.loggers:
-            logger.log_metrics(scalars, step=trainer.global_step)
+            logger.log_metrics(scalars, step=step)
             if hasattr(logger, "log_histograms"):
-                logger.log_histograms(histograms, step=trainer.global_step)
+                logger.log_histograms(histograms, step=step)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._hooks.close()

@@ -77,7 +77,8 @@ class Throughput(Callback):
             "speed/data_wait": self.data_wait,
         }
         for logger in pl_module.loggers:
-            logger.log_metrics(values, step=pl_module.global_step)
+            # Lightning numbers the metrics of a step by the steps before it.
+            logger.log_metrics(values, step=max(pl_module.global_step - 1, 0))
         self._restart()
 
 
