@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from condconv.routing import Router
+from condconv.routing import Router, SoftmaxRouter
 
 SATURATED = 0.98
 """A sigmoid weight a is saturated when |2a - 1| > 0.98, that is below 0.01 or above 0.99: its gradient is under 4 % of
@@ -184,7 +184,9 @@ def record_routing(model: nn.Module, num_bins: int = 20) -> Iterator[dict[str, R
     routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
     if not routers:
         raise ValueError("the network has no router, so there are no routing weights to record (experts=0?)")
-    statistics = {name: RoutingStatistics(_is_normalized(router), num_bins) for name, router in routers.items()}
+    statistics = {
+        name: RoutingStatistics(isinstance(router, SoftmaxRouter), num_bins) for name, router in routers.items()
+    }
     names = {router: name for name, router in routers.items()}
 
     def hook(router: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:

@@ -2,37 +2,41 @@
 
 Yang et al., *CondConv*, NeurIPS 2019: the router pools the input of the block, and its routing weights are used by all
 CondConv layers of that block. A converted block has a submodule `router`; its convolutions keep their names and have
-weights [E, K, C/G, R, S], so keys read `blocks.4.0.conv_pw.weight` and `blocks.4.0.router.fc.weight`.
+weights [E, K, C/G, R, S], so keys read `blocks.4.0.conv_pw.weight` and `blocks.4.0.router.fc.weight`. A block that is a
+container (nn.Sequential would run it) keeps its router in its first CondConv layer: `features.3.0.router.fc.weight`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from condconv.initializers import CondLayer, LayerInit, check_init, initialize_experts
 from condconv.layers import CondConv2d, CondLinear
-from condconv.patterns import nearest
-from condconv.routing import ROUTINGS, Router, build_router
+from condconv.routing import Router, build_router, check_routing
 from condconv.selection import UnitPlan, is_conv2d_same, observe, plan_units
 from condconv.sharing import RoutingUnit, attach
 
 Patterns = str | Sequence[str]
 
-NETWORK_WIDE = ("single", "partially_shared", "hierarchical")
+USES_PREVIOUS = ("single", "partially_shared", "hierarchical")
 """Routing functions in which a block needs the routing weights of the block before it."""
 
 
 @dataclass(frozen=True)
 class ConvertedUnit:
-    """A block with its own routing decision: its name, its converted layers (full names), what its router pools."""
+    """A block with one routing decision: its name, its converted layers and its router (full names), pooled channels.
+
+    The router is None where the block uses the routing weights of the block before it.
+    """
 
     name: str
     layers: tuple[str, ...]
     in_channels: int
-    has_router: bool
+    router: str | None
 
 
 @dataclass(frozen=True)
@@ -51,13 +55,13 @@ class Conversion:
     @property
     def routers(self) -> tuple[str, ...]:
         """Full names of all routers."""
-        return tuple(f"{unit.name}.router" for unit in self.units if unit.has_router)
+        return tuple(unit.router for unit in self.units if unit.router is not None)
 
     def __str__(self) -> str:
         counts = f"{len(self.layers)} CondConv layers of {self.num_experts} experts, {len(self.routers)} routers"
         lines = [f"{counts} ({self.routing})"]
         for unit in self.units:
-            router = f"router on {unit.in_channels} channels" if unit.has_router else "shares the router before it"
+            router = f"router on {unit.in_channels} channels" if unit.router else "shares the router before it"
             lines.append(
                 f"  {unit.name}: {router}: {', '.join(name.removeprefix(unit.name + '.') for name in unit.layers)}"
             )
@@ -92,7 +96,7 @@ def convert(
             patterns of the end of their names ("conv_pw").
         exclude: patterns of the end of names; what they match stays static, with all below it ("se", "downsample").
         classifier: name of a convolution or linear layer to convert besides, with a router of its own.
-        routing: one of `ROUTINGS`. "single": the first block's router serves all that follow, the classifier included;
+        routing: one of `condconv.ROUTINGS`. "single": the first block's router serves all, the classifier included;
             "partially_shared": every other block has a router, which also serves the next; "hierarchical": a router
             also gets the routing weights of the block before it.
         dropout, expert_dropout, temperature: see `build_router`.
@@ -115,26 +119,23 @@ def convert(
     if example_input is not None:
         plans = observe(model, plans, example_input)
     modules = [_build(plan, num_experts, backend, init) for plan in plans]
-    routers = [
-        _build_router(index, plan, num_experts, routing, dropout, expert_dropout, temperature)
-        for index, plan in enumerate(plans)
-    ]
-    previous: nn.Module | None = None
+    options = {"dropout": dropout, "expert_dropout": expert_dropout, "temperature": temperature}
+    routers = [_build_router(index, plan, num_experts, routing, options) for index, plan in enumerate(plans)]
+    units = []
+    previous: RoutingUnit | None = None
     for plan, new_layers, router in zip(plans, modules, routers, strict=True):
-        takes_previous = (
-            routing in NETWORK_WIDE and previous is not None and (router is None or routing == "hierarchical")
-        )
-        unit = _install(model, plan, new_layers, router, takes_previous, shared=routing in NETWORK_WIDE)
-        if takes_previous and previous is not None:
-            previous.routing_unit.successor = unit  # type: ignore[union-attr]  # attributes of modules are untyped
-        previous = unit
-    units = tuple(
-        ConvertedUnit(
-            plan.name, tuple(plan.full_name(name) for name in plan.layers), plan.in_channels, router is not None
-        )
-        for plan, router in zip(plans, routers, strict=True)
-    )
-    return Conversion(num_experts, routing, units)
+        module = _install(model, plan, new_layers, router)
+        place = plan.router_name if router is not None else None
+        if routing in USES_PREVIOUS or not plan.is_layer:  # a lone layer with its own router needs no hooks
+            takes_previous = previous is not None and (router is None or routing == "hierarchical")
+            unit = RoutingUnit(plan.name, tuple(plan.layers), place, takes_previous)
+            if previous is not None and takes_previous:
+                previous.successor = module
+            attach(module, unit)
+            previous = unit
+        names = tuple(plan.full_name(name) for name in plan.layers)
+        units.append(ConvertedUnit(plan.name, names, plan.in_channels, place and plan.full_name(place)))
+    return Conversion(num_experts, routing, tuple(units))
 
 
 def _as_tuple(patterns: Patterns) -> tuple[str, ...]:
@@ -144,10 +145,7 @@ def _as_tuple(patterns: Patterns) -> tuple[str, ...]:
 def _check_arguments(num_experts: int, routing: str, init: str | LayerInit) -> None:
     if isinstance(num_experts, bool) or not isinstance(num_experts, int) or num_experts < 1:
         raise ValueError(f"num_experts must be an int of at least 1, got {num_experts!r}")
-    if routing not in ROUTINGS:
-        raise ValueError(
-            f"unknown routing {routing!r}: choose one of {', '.join(ROUTINGS)}{nearest(str(routing), ROUTINGS)}"
-        )
+    check_routing(routing)
     check_init(init)
 
 
@@ -161,35 +159,24 @@ def _build(plan: UnitPlan, num_experts: int, backend: str, init: str | LayerInit
 def _replacement(static: nn.Module, name: str, num_experts: int, backend: str, init: str | LayerInit) -> CondLayer:
     """The CondConv layer of a static one: geometry, device, dtype, mode and frozen parameters are kept."""
     assert isinstance(static, nn.Conv2d | nn.Linear)
-    has_bias = static.bias is not None
-    options = {"device": static.weight.device, "dtype": static.weight.dtype}
-    layer: CondLayer
+    options: dict[str, Any] = {
+        "bias": static.bias is not None,
+        "num_experts": num_experts,
+        "router": None,
+        "backend": backend,
+        "device": static.weight.device,
+        "dtype": static.weight.dtype,
+    }
+    # skip_init: every expert is written below, so the layer's own initialisation would be drawn in vain.
     if isinstance(static, nn.Linear):
-        layer = CondLinear(
-            static.in_features,
-            static.out_features,
-            has_bias,
-            num_experts=num_experts,
-            router=None,
-            backend=backend,
-            **options,
-        )
+        sizes = (static.in_features, static.out_features)
+        layer: CondLayer = nn.utils.skip_init(CondLinear, *sizes, **options)
     else:
-        layer = CondConv2d(
-            static.in_channels,
-            static.out_channels,
-            static.kernel_size,
-            static.stride,
-            "same_tf" if is_conv2d_same(static) else static.padding,
-            static.dilation,
-            static.groups,
-            has_bias,
-            static.padding_mode,
-            num_experts=num_experts,
-            router=None,
-            backend=backend,
-            **options,
-        )
+        sizes = (static.in_channels, static.out_channels)
+        for attribute in ("kernel_size", "stride", "dilation", "groups", "padding_mode"):
+            options[attribute] = getattr(static, attribute)
+        options["padding"] = "same_tf" if is_conv2d_same(static) else static.padding
+        layer = nn.utils.skip_init(CondConv2d, *sizes, **options)
     initialize_experts(layer, static, name, init)
     for parameter, value in static.named_parameters(recurse=False):
         getattr(layer, parameter).requires_grad_(value.requires_grad)
@@ -201,9 +188,7 @@ def _build_router(
     plan: UnitPlan,
     num_experts: int,
     routing: str,
-    dropout: float,
-    expert_dropout: float,
-    temperature: float,
+    options: dict[str, float],
 ) -> Router | None:
     """The unit's router; None where the network-wide rule gives it the router of a unit before it."""
     if (routing == "single" and index) or (routing == "partially_shared" and index % 2):
@@ -213,31 +198,21 @@ def _build_router(
         "fc" if routing in ("single", "partially_shared") else routing,
         plan.in_channels,
         num_experts,
-        dropout=dropout,
-        expert_dropout=expert_dropout,
-        temperature=temperature,
         prev_experts=num_experts if routing == "hierarchical" and index else 0,
         device=weight.device,
         dtype=weight.dtype,
+        **options,
     )
     return router.train(plan.module.training)
 
 
-def _install(
-    model: nn.Module,
-    plan: UnitPlan,
-    layers: dict[str, CondLayer],
-    router: Router | None,
-    takes_previous: bool,
-    shared: bool,
-) -> nn.Module:
+def _install(model: nn.Module, plan: UnitPlan, layers: dict[str, CondLayer], router: Router | None) -> nn.Module:
     """Put the new layers and the router in place; returns the module that is now the unit."""
     for name, layer in layers.items():
         parent, _, attribute = plan.full_name(name).rpartition(".")
         setattr(model.get_submodule(parent), attribute, layer)
     module: nn.Module = layers[""] if plan.is_layer else plan.module
     if router is not None:
-        module.router = router
-    if shared or not plan.is_layer:  # a lone layer with its own router needs no hooks
-        attach(module, RoutingUnit(plan.name, tuple(layers), takes_previous))
+        owner, _, attribute = plan.router_name.rpartition(".")
+        setattr(module.get_submodule(owner), attribute, router)
     return module

@@ -27,6 +27,13 @@ class UnitPlan:
     def is_layer(self) -> bool:
         return "" in self.layers
 
+    @property
+    def router_name(self) -> str:
+        """Where the unit's router goes, relative to it: not into a container, which would run it like any child."""
+        if isinstance(self.module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+            return f"{next(iter(self.layers))}.router"
+        return "router"
+
     def full_name(self, layer: str) -> str:
         return f"{self.name}.{layer}" if layer else self.name
 
@@ -54,9 +61,10 @@ def plan_units(
             plans.append(UnitPlan(name, names[name], found, _first_channels(names[name])))
     if blocks and not plans:
         kinds = sorted({str(layer_kind(m)) for name in chosen for m in names[name].modules() if layer_kind(m)})
+        inside = f"{', '.join(kinds) or 'none'}{' (some excluded)' if exclude else ''}"
         raise ValueError(
             f"none of the {len(chosen)} modules that match {', '.join(blocks)!r} holds a layer that fits "
-            f"{', '.join(layers)!r}; the kinds in them: {', '.join(kinds) or 'none'}{' (some excluded)' if exclude else ''}"
+            f"{', '.join(layers)!r}; the kinds in them: {inside}"
         )
     if classifier is not None:
         plans.append(_plan_classifier(names, classifier, [plan.name for plan in plans]))
@@ -125,7 +133,7 @@ def _check_layers(model: nn.Module, plans: list[UnitPlan]) -> None:
     paths = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     owners = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
     for plan in plans:
-        if not plan.is_layer and hasattr(plan.module, "router"):
+        if plan.router_name == "router" and not plan.is_layer and hasattr(plan.module, "router"):
             raise ValueError(f"{plan.name} already has an attribute 'router', the name under which its router would go")
         for name, layer in plan.layers.items():
             reason = _unsupported(layer)
@@ -154,7 +162,7 @@ def _unsupported(layer: nn.Module) -> str | None:
 
 
 def is_conv2d_same(layer: nn.Module) -> bool:
-    """Whether this is timm's convolution with TensorFlow's padding; known by name: this library does not import timm."""
+    """Whether this is timm's convolution with TensorFlow's padding; known by name, as timm is not imported here."""
     cls = type(layer)
     return cls.__name__ == "Conv2dSame" and cls.__module__.startswith("timm.") and isinstance(layer, nn.Conv2d)
 

@@ -27,13 +27,15 @@ class RoutingUnit:
     Args:
         name: the module's name in the network, for messages.
         layers: names of the unit's CondConv layers relative to the module; ("",) when the module is the layer.
-        takes_previous: the unit needs the routing weights of the unit before it: as an input of its router
-            (hierarchical routing), or instead of a router.
+        router: the router's name relative to the module, None for a unit that uses the previous unit's routing weights.
+        takes_previous: the unit needs the routing weights of the unit before it, as an input of its router
+            (hierarchical routing) or instead of a router.
     """
 
-    def __init__(self, name: str, layers: tuple[str, ...], takes_previous: bool = False) -> None:
+    def __init__(self, name: str, layers: tuple[str, ...], router: str | None, takes_previous: bool = False) -> None:
         self.name = name
         self.layers = layers
+        self.router = router
         self.takes_previous = takes_previous
         self.successor: nn.Module | None = None
         self.incoming: Tensor | None = None
@@ -69,7 +71,7 @@ class RoutingUnit:
 
 
 def attach(module: nn.Module, unit: RoutingUnit) -> None:
-    """Make `module` a routing unit: state and hooks. Its router, if it has one, is the submodule `router`."""
+    """Make `module`, which has its layers and its router already, a routing unit."""
     module.routing_unit = unit  # type: ignore[assignment]  # a plain object, not a submodule
     module.register_forward_pre_hook(_enter, with_kwargs=True)
     module.register_forward_hook(_leave, always_call=True)
@@ -82,13 +84,13 @@ def is_unit(module: nn.Module) -> bool:
 
 def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     unit: RoutingUnit = module.routing_unit  # type: ignore[assignment]
-    router = getattr(module, "router", None)
-    if router is None:
-        routing = unit.take_previous()
+    if unit.router is None:
+        routing, trainable = unit.take_previous(), unit.incoming_without_grad
     else:
+        router: Any = module.get_submodule(unit.router)
         x = _input(unit, router.in_channels, args, kwargs)
         routing = router(x, unit.take_previous()) if unit.takes_previous else router(x)
-    trainable = unit.incoming_without_grad or (router is not None and next(router.parameters()).requires_grad)
+        trainable = any(parameter.requires_grad for parameter in router.parameters())
     unit.hand_on(routing, trainable)
     for name in unit.layers:
         layer = module.get_submodule(name) if name else module

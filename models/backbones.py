@@ -12,10 +12,10 @@ import timm
 from timm.models import efficientnet as timm_efficientnet
 from torch import nn
 
-from condconv.convert import Conversion, Patterns, convert
-from condconv.kinds import KINDS, layer_kind
+from condconv.convert import Patterns, convert
 from condconv.patterns import matches
-from condconv.routing import ROUTINGS
+from condconv.routing import check_routing
+from models.initializers import INITIALIZERS
 from models.placements import BACKBONES, COMMON_PLACEMENTS, Backbone, Placement
 
 # timm's constructors that take multipliers; its public names fix them.
@@ -92,9 +92,9 @@ def create_model(
             layers) or a name of `condconv.initializers.EXPERT_INITS`.
         width: multiplier of all channels, rounded to multiples of 8.
         depth: multiplier of the blocks of each stage, rounded up; not for mnasnet_a1.
-        small_input: for images of about 32 pixels: the first two strides become 1, so that the network reduces its input
-            8-fold instead of 32-fold (`Backbone.early_strides`: stem and first strided block, or ResNet's stem and max
-            pooling). Parameters and their names stay the same.
+        small_input: for images of about 32 pixels: the first two strides become 1, so that the network reduces its
+            input 8-fold instead of 32-fold (`Backbone.early_strides`: stem and first strided block, or ResNet's stem
+            and max pooling). Parameters and their names stay the same.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth, growing linearly over the blocks to this rate.
         in_chans: channels of the images.
@@ -112,7 +112,7 @@ def create_model(
     """
     _check_experts(experts)
     _check_numbers(num_classes=num_classes, width=width, depth=depth, in_chans=in_chans)
-    _check_routing(routing)
+    check_routing(routing)  # here too, so that the static twin refuses the same mistakes
     options = dict(timm_options or {})
     options.update(num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate, drop_path_rate=drop_path_rate)
     if name == "timm":
@@ -129,7 +129,7 @@ def create_model(
     chosen = _choose(name, backbone, placement, from_block, last_blocks, layers, classifier, num_classes)
     if experts == 0:
         return network
-    initializer = init if init != "network" else _INITIALIZERS.get(backbone.family, "independent")
+    initializer = init if init != "network" else INITIALIZERS.get(backbone.family, "independent")
     conversion = convert(
         network,
         experts,
@@ -163,15 +163,9 @@ def _check_numbers(num_classes: int, width: float, depth: float, in_chans: int) 
             raise ValueError(f"{option} must be a positive number, got {value!r}")
 
 
-def _check_routing(routing: str) -> None:
-    """Checked here too, so that the static twin refuses the same mistakes."""
-    if routing not in ROUTINGS:
-        raise ValueError(f"unknown routing {routing!r}{_near(routing, ROUTINGS)}: choose one of {', '.join(ROUTINGS)}")
-
-
 def _near(name: object, names: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else ""
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _backbone(name: str) -> Backbone:
@@ -283,32 +277,3 @@ def _selected_blocks(network: nn.Module, name: str, backbone: Backbone, chosen: 
         )
         raise ValueError(f"model {name} has {len(blocks)} blocks, so {asked} is not possible")
     return (*blocks[first:], *chosen.extra)
-
-
-def _initialize_efficientnet(layer: nn.Module, name: str) -> None:
-    """TensorFlow's initialisation of the EfficientNet family, as timm applies it to static layers.
-
-    Convolutions N(0, 2 / fan_out) with the fan of one group, linear layers U(-1, 1) / sqrt(fan_out), zero biases.
-    """
-    weight: Any = layer.weight
-    if isinstance(layer, nn.Conv2d):
-        fan_out = math.prod(layer.kernel_size) * layer.out_channels // layer.groups
-        nn.init.normal_(weight, 0.0, math.sqrt(2.0 / fan_out))
-    else:
-        nn.init.uniform_(weight, -1 / math.sqrt(weight.shape[0]), 1 / math.sqrt(weight.shape[0]))
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-
-
-def _initialize_resnet(layer: nn.Module, name: str) -> None:
-    """Initialise as timm's ResNet: convolutions by He et al. (fan-out, ReLU), the classifier by PyTorch's default."""
-    if isinstance(layer, nn.Conv2d):
-        nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-    elif isinstance(layer, nn.Linear):
-        layer.reset_parameters()
-
-
-_INITIALIZERS: Mapping[str, Callable[[nn.Module, str], None]] = {
-    "efficientnet": _initialize_efficientnet,
-    "resnet": _initialize_resnet,
-}

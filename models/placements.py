@@ -1,8 +1,8 @@
 """Which layers of which network the paper replaces by CondConv layers: tables, no code.
 
-Source: Yang et al., *CondConv*, NeurIPS 2019, and the authors' EfficientNet code (tensorflow/tpu). Blocks are numbered from
-1, in the order of execution, as in the paper's text; squeeze-and-excitation, downsampling projections, stems and heads
-are static everywhere.
+Source: Yang et al., *CondConv*, NeurIPS 2019, and the authors' EfficientNet code (tensorflow/tpu). Blocks are numbered
+from 1, in the order of execution, as in the paper's text; squeeze-and-excitation, downsampling projections, stems and
+heads are static everywhere, except where a placement says otherwise.
 """
 
 from __future__ import annotations
