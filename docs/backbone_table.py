@@ -29,10 +29,10 @@ BACKBONES = (
 )
 
 
-def measure(name: str, experts: int) -> Complexity:
+def measure(name: str) -> Complexity:
     """Parameters and MADDs of one backbone at 224 x 224 and 1000 classes, without allocating its weights."""
     with torch.device("meta"):
-        network = create_model(name, num_classes=1000, experts=experts)
+        network = create_model(name, num_classes=1000, experts=EXPERTS)
     return complexity(network, input_size=(3, 224, 224))
 
 
@@ -44,11 +44,11 @@ def table() -> str:
         "|---|---|---|---:|---:|---:|---:|",
     ]
     for name, title, placement in BACKBONES:
-        static, conditional = measure(name, 0), measure(name, EXPERTS)
-        counts = [f"{count / 1e6:.2f}M" for count in (static.params, conditional.params)]
-        madds = [f"{count / 1e6:.0f}M" for count in (static.madds, conditional.madds)]
-        added = f"{100 * (conditional.madds / static.madds - 1):+.1f} %"
-        cells = (f"`{name}`", title, placement, counts[0], madds[0], counts[1], f"{madds[1]} ({added})")
+        counted = measure(name)
+        params = [f"{count / 1e6:.2f}M" for count in (counted.static_params, counted.params)]
+        madds = [f"{count / 1e6:.0f}M" for count in (counted.static_madds, counted.madds)]
+        added = f"{100 * (counted.madds / counted.static_madds - 1):+.1f} %"
+        cells = (f"`{name}`", title, placement, params[0], madds[0], params[1], f"{madds[1]} ({added})")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

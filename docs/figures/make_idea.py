@@ -74,7 +74,9 @@ class Canvas:
         """One image; colour maps that diverge are centred on zero."""
         axes = self.figure.add_axes((x / self.width, y / self.height, side / self.width, side / self.height))
         limit = float(image.abs().max())
-        axes.imshow(image, cmap=cmap, vmin=0 if cmap == "Greys" else -limit, vmax=limit, interpolation="nearest")
+        axes.imshow(
+            image.numpy(), cmap=cmap, vmin=0 if cmap == "Greys" else -limit, vmax=limit, interpolation="nearest"
+        )
         axes.set(xticks=[], yticks=[])
         for spine in axes.spines.values():
             spine.set(color=frame, linewidth=1.0 if frame == LINE else 2.2)
@@ -83,7 +85,7 @@ class Canvas:
         """One example's routing weights, each bar in its expert's colour."""
         width = 0.98
         axes = self.figure.add_axes((x / self.width, y / self.height, width / self.width, TILE / self.height))
-        axes.bar(range(len(values)), values, color=EXPERT_COLOURS, width=0.74)
+        axes.bar(range(len(values)), values.tolist(), color=EXPERT_COLOURS, width=0.74)
         for position, value in enumerate(values.tolist()):
             axes.text(position, value + 0.03, f"{value:.1f}", ha="center", fontsize=7, color=MUTED)
         axes.set(ylim=(0, 1.14), xlim=(-0.6, 3.6), xticks=[], yticks=[], facecolor="none")
