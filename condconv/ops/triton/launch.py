@@ -1,0 +1,194 @@
+"""What all launchers share: precisions, strides of activations, tile sizes, and the matrix product inside the kernels.
+
+Letters as in `condconv.ops.spec`; T = R * S taps. Kernels see an activation `t_NCHW`, in either memory format, as
+`t[n, l, c]` with l = h * W + w: three strides, and the position stride is C (channels last) or 1 (contiguous).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from condconv.ops.chunked import AUTOMATIC_WORKSPACE_BYTES
+from condconv.ops.spec import ConvSpec, memory_format_of
+from condconv.ops.triton.support import interpreted
+
+INTERPRETED = tl.constexpr(interpreted())
+"""Fixed when the kernels are defined: their decorators look at the same variable at the same time."""
+
+SHARED_BYTES = 160 << 10
+"""Shared memory that a tile configuration may plan with; an H100 has 227 KiB a block, an A100 163."""
+
+
+class Strides(NamedTuple):
+    """Element strides of an activation over example, position and channel."""
+
+    n: int
+    l: int  # noqa: E741  the letter of the legend
+    c: int
+
+    @classmethod
+    def of(cls, shape_NCHW: torch.Size, channels_last: bool) -> Strides:
+        _, channels, height, width = shape_NCHW
+        size = channels * height * width
+        return cls(size, channels, 1) if channels_last else cls(size, 1, height * width)
+
+
+class Geometry(NamedTuple):
+    """The map between positions of two activations: kernel width, widths and heights, and the convolution's numbers."""
+
+    kernel_width: int
+    source_height: int
+    source_width: int
+    target_width: int
+    stride_h: int
+    stride_w: int
+    padding_h: int
+    padding_w: int
+    dilation_h: int
+    dilation_w: int
+
+    @classmethod
+    def of(cls, source: Tensor, target: Tensor, kernel_width: int, spec: ConvSpec) -> Geometry:
+        """`source` is read at positions computed from those of `target`."""
+        sizes = (source.shape[2], source.shape[3], target.shape[3])
+        return cls(kernel_width, *sizes, *spec.stride, *spec.padding, *spec.dilation)
+
+
+class Steps(NamedTuple):
+    """How the positions of a pointwise convolution's output map to those of its input: constants of `spread`."""
+
+    width: int
+    row: int
+    column: int
+    strided: bool
+
+    @classmethod
+    def of(cls, x_NCHW: Tensor, y_NKPQ: Tensor, spec: ConvSpec) -> Steps:
+        return cls(y_NKPQ.shape[3], spec.stride[0] * x_NCHW.shape[3], spec.stride[1], spec.stride != (1, 1))
+
+
+@triton.jit
+def spread(positions, width, row_step, column_step, STRIDED: tl.constexpr):
+    """The input position of an output position of a pointwise convolution."""
+    if STRIDED:
+        positions = (positions // width) * row_step + (positions % width) * column_step
+    return positions
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """`acc + a @ b` in float32. The interpreter multiplies the bit patterns of bfloat16, so it gets float32 (exact)."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def source_positions(
+    target,
+    tap,
+    kernel_width,
+    source_height,
+    source_width,
+    target_width,
+    stride_h,
+    stride_w,
+    padding_h,
+    padding_w,
+    dilation_h,
+    dilation_w,
+    TRANSPOSED: tl.constexpr,
+):
+    """Position read for `target` through `tap`, and whether it exists.
+
+    Forward: h = p * stride - padding + r * dilation. Transposed (input gradient): p = (h + padding - r * dilation) /
+    stride.
+    """
+    r = tap // kernel_width
+    s = tap % kernel_width
+    row = target // target_width
+    column = target % target_width
+    if TRANSPOSED:
+        row = row + padding_h - r * dilation_h
+        column = column + padding_w - s * dilation_w
+        valid = (row >= 0) & (column >= 0) & (row % stride_h == 0) & (column % stride_w == 0)
+        row = row // stride_h
+        column = column // stride_w
+        valid = valid & (row < source_height) & (column < source_width)
+    else:
+        row = row * stride_h - padding_h + r * dilation_h
+        column = column * stride_w - padding_w + s * dilation_w
+        valid = (row >= 0) & (column >= 0) & (row < source_height) & (column < source_width)
+    return row * source_width + column, valid
+
+
+def matmul_precision(dtype: torch.dtype) -> str:
+    """Precision of the convolution's products: exact for half types, IEEE for float32 unless the user allows TF32."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def mixing_precision(dtype: torch.dtype) -> str:
+    """Precision of mixing and of its transposes, always of float32 numbers.
+
+    Three TF32 products (relative error about 1e-6) where the result is rounded to a half type or TF32 is allowed, else
+    IEEE.
+    """
+    exact = dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+    return "ieee" if exact else "tf32x3"
+
+
+def workspace_budget(workspace_bytes: int, device: torch.device) -> int:
+    """Bytes for mixed kernels: the argument, or for 0 half of the GPU's L2, so that x and y have the other half."""
+    if workspace_bytes:
+        return workspace_bytes
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size) // 2 or AUTOMATIC_WORKSPACE_BYTES["cuda"]
+    return AUTOMATIC_WORKSPACE_BYTES.get(device.type, 4 << 20)
+
+
+def empty_output(x_NCHW: Tensor, channels: int, output_PQ: tuple[int, int]) -> Tensor:
+    """`y_NKPQ`, uninitialised, in the dtype and memory format of x."""
+    shape = (x_NCHW.shape[0], channels, *output_PQ)
+    return torch.empty(shape, dtype=x_NCHW.dtype, device=x_NCHW.device, memory_format=memory_format_of(x_NCHW))
+
+
+def tile_configs(names: tuple[str, ...], tiles: list[tuple[int, ...]], small: tuple[int, ...]) -> list[triton.Config]:
+    """Candidates for autotuning: block sizes by name, then warps and stages. The interpreter gets one, small."""
+    if INTERPRETED.value:
+        return [triton.Config(dict(zip(names, small, strict=True)))]
+    return [
+        triton.Config(dict(zip(names, sizes, strict=True)), num_warps=warps, num_stages=stages)
+        for *sizes, warps, stages in tiles
+    ]
+
+
+def pruner(extents: dict[str, str]) -> Callable[..., list[triton.Config]]:
+    """Drops tile candidates that the problem cannot use, before any is timed.
+
+    `extents` maps a block's name to the kernel argument that it tiles. A block of twice the extent or more is waste;
+    float32 products on the ordinary units need the registers that large tiles would take.
+    """
+
+    def prune(configs: list[triton.Config], arguments: dict[str, Any], **constants: Any) -> list[triton.Config]:
+        arguments = {**arguments, **constants}
+        element_bytes = next(a.element_size() for a in arguments.values() if isinstance(a, Tensor))
+
+        def fits(config: triton.Config) -> bool:
+            blocks = {name: config.kwargs[name] for name in extents}
+            if any(blocks[n] > max(32, triton.next_power_of_2(arguments[extents[n]])) for n in extents):
+                return False
+            rows, columns, inner = blocks.values()
+            in_registers = element_bytes == 4 and arguments.get("PRECISION") == "ieee"
+            shared = (rows + columns) * inner * element_bytes * config.num_stages
+            return shared <= SHARED_BYTES and not (in_registers and rows * columns > 64 * 64)
+
+        return [config for config in configs if fits(config)] or configs[:1]
+
+    return prune
