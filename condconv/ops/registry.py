@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from condconv.ops import chunked, depthwise, gemm, grouped, mixture
+from condconv.ops import chunked, depthwise, gemm, grouped, mixture, triton
 from condconv.ops.spec import Problem
 
 Forward = Callable[..., Tensor]
@@ -40,6 +40,7 @@ _BACKENDS = [
     _mix_first("gemm", "mix kernels, batched matrix products", gemm.supports, gemm.CONV),
     _mix_first("depthwise", "mix kernels, one folded depthwise convolution", depthwise.supports, depthwise.CONV),
     _mix_first("grouped", "mix kernels, one convolution with N * G groups", grouped.supports, grouped.CONV),
+    *(Backend(*entry) for entry in triton.ENTRIES),
 ]
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _BACKENDS}
 REFERENCE = "reference"

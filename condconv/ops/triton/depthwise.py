@@ -225,7 +225,7 @@ class _Experts(NamedTuple):
 
 
 def _fuses(fuse_mixing: bool | None, num_positions: int, num_experts: int) -> bool:
-    """By default where mixing a tap, E operations, is little beside using it at every position. A rule, not measured."""
+    """By default where mixing a tap, E operations, is little beside using it everywhere. A rule, not measured."""
     return num_positions >= 16 * num_experts if fuse_mixing is None else fuse_mixing
 
 
