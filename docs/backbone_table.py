@@ -14,7 +14,7 @@ from condconv.complexity import Complexity, complexity
 from models import create_model
 
 README = Path(__file__).resolve().parents[1] / "README.md"
-BEGIN, END = "<!-- table: docs/backbone_table.py -->\n", "<!-- end of table -->"
+BEGIN, END = "<!-- table: docs/backbone_table.py -->\n\n", "\n<!-- end of table -->"
 EXPERTS = 8
 # Name, how it is written, what the placement replaces.
 BACKBONES = (
