@@ -18,7 +18,7 @@ Padding = int | tuple[int, int] | Literal["same", "valid", "same_tf"]
 
 
 def _pair(value: IntPair, name: str, minimum: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2 or any(not isinstance(v, int) or isinstance(v, bool) or v < minimum for v in pair):
         raise ValueError(f"{name} must be an integer >= {minimum} or a pair of them, got {value!r}.")
     return pair[0], pair[1]
@@ -60,10 +60,10 @@ def _check_tensors(x: Tensor, routing: Tensor, weight: Tensor, bias: Tensor | No
             f"weight must be [E, K, C / groups, R, S], got {weight.dim()} dimensions {tuple(weight.shape)}."
         )
     experts, out_channels, group_channels = weight.shape[:3]
-    if experts < 1:
-        raise ValueError("weight holds no expert: its first dimension is 0.")
-    if groups < 1 or out_channels % groups:
-        raise ValueError(f"groups={groups} must be at least 1 and divide the {out_channels} output channels.")
+    if 0 in weight.shape:
+        raise ValueError(f"weight [E, K, C / groups, R, S] is empty: {tuple(weight.shape)}.")
+    if not isinstance(groups, int) or groups < 1 or out_channels % groups:
+        raise ValueError(f"groups={groups} must be an integer >= 1 that divides the {out_channels} output channels.")
     if x.shape[1] != group_channels * groups:
         raise ValueError(
             f"x has {x.shape[1]} channels, the weight expects {group_channels * groups} "
@@ -130,6 +130,8 @@ def condconv2d(
         ValueError: For shapes, dtypes, devices or options that do not fit together, and for a backend that cannot run.
     """
     check_name(backend)
+    if not isinstance(workspace_bytes, int) or workspace_bytes < 0:
+        raise ValueError(f"workspace_bytes must be an integer >= 0, 0 for an automatic value, got {workspace_bytes!r}.")
     _check_tensors(x, routing_weights, weight, bias, groups)
     x = _compute_input(x, weight)
     stride_HW, dilation_HW = _pair(stride, "stride", 1), _pair(dilation, "dilation", 1)
@@ -140,6 +142,8 @@ def condconv2d(
         rows = columns = (0, 0)
     spec = ConvSpec(stride_HW, (rows[0], columns[0]), dilation_HW, groups)
     output_PQ = spec.output_size((x.shape[2], x.shape[3]), kernel_RS)
+    if 0 in size_HW:
+        raise ValueError(f"x {tuple(x.shape)} has maps without a single position.")
     if output_PQ[0] < 1 or output_PQ[1] < 1:
         raise ValueError(
             f"A {kernel_RS[0]}x{kernel_RS[1]} kernel (dilation {dilation_HW}, padding {padding!r}) does not fit "
@@ -189,6 +193,8 @@ def cond_linear(
         raise ValueError(f"weight must be [E, K, C], got {weight.dim()} dimensions {tuple(weight.shape)}.")
     if x.dim() < 2:
         raise ValueError(f"x must be [N, ..., C], got {x.dim()} dimensions {tuple(x.shape)}.")
+    if 0 in x.shape[1:-1]:
+        raise ValueError(f"x [N, ..., C] has no positions between examples and channels, got {tuple(x.shape)}.")
     x_NLC = x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
     x_NC1L = x_NLC.transpose(1, 2).unsqueeze(2)
     y_NK1L = condconv2d(x_NC1L, routing_weights, weight[..., None, None], bias, 1, 0, 1, 1, backend, workspace_bytes)
