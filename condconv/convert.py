@@ -14,11 +14,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from condconv.initializers import CondLayer, LayerInit, check_init, initialize_experts
+from condconv.initializers import CondLayer, LayerInit, initialize_experts, resolve_init
 from condconv.layers import CondConv2d, CondLinear
 from condconv.routing import Router, build_router, check_routing
 from condconv.selection import UnitPlan, is_conv2d_same, observe, plan_units
 from condconv.sharing import RoutingUnit, attach
+from condconv.upcycle import Upcycle
 
 Patterns = str | Sequence[str]
 
@@ -102,7 +103,8 @@ def convert(
         dropout, expert_dropout, temperature: see `build_router`.
         backend: see `condconv2d`.
         init: "independent", or a function (layer, name) that initialises a static layer in place, see
-            `condconv.initializers`. Either way the first expert is the static layer as it was.
+            `condconv.initializers`. Either way the first expert is the static layer as it was. For trained networks
+            "upcycle", "upcycle_paired" or `Upcycle(noise=...)`: the output stays as it was, see `condconv.upcycle`.
         example_input: one input of the network; a forward pass with it (eval mode, no gradients) tells each block's
             input channels and the order of execution. Without it they follow from the order of registration: a block's
             input channels are those of its first convolution or linear layer.
@@ -114,13 +116,16 @@ def convert(
         ValueError: nothing matches, something cannot be converted or already is, or an argument is wrong. The network
             is then unchanged.
     """
-    _check_arguments(num_experts, routing, init)
+    _check_arguments(num_experts, routing)
+    init = resolve_init(init)
     plans = plan_units(model, _as_tuple(blocks), _as_tuple(layers), _as_tuple(exclude), classifier)
     if example_input is not None:
         plans = observe(model, plans, example_input)
     modules = [_build(plan, num_experts, backend, init) for plan in plans]
     options = {"dropout": dropout, "expert_dropout": expert_dropout, "temperature": temperature}
     routers = [_build_router(index, plan, num_experts, routing, options) for index, plan in enumerate(plans)]
+    if isinstance(init, Upcycle):
+        init.settle((router, list(new.values())) for router, new in zip(routers, modules, strict=True))
     units = []
     previous: RoutingUnit | None = None
     for plan, new_layers, router in zip(plans, modules, routers, strict=True):
@@ -142,11 +147,10 @@ def _as_tuple(patterns: Patterns) -> tuple[str, ...]:
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
-def _check_arguments(num_experts: int, routing: str, init: str | LayerInit) -> None:
+def _check_arguments(num_experts: int, routing: str) -> None:
     if isinstance(num_experts, bool) or not isinstance(num_experts, int) or num_experts < 1:
         raise ValueError(f"num_experts must be an int of at least 1, got {num_experts!r}")
     check_routing(routing)
-    check_init(init)
 
 
 def _build(plan: UnitPlan, num_experts: int, backend: str, init: str | LayerInit) -> dict[str, CondLayer]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from condconv.layers import CondConv2d, CondLinear
+from condconv.upcycle import UPCYCLES
 
 CondLayer = CondConv2d | CondLinear
 LayerInit = Callable[[nn.Module, str], None]
@@ -49,13 +50,22 @@ EXPERT_INITS: dict[str, Callable[[CondLayer, nn.Module], None]] = {"independent"
 """Rules by name: each fills the parameters of a CondConv layer from the static layer that it replaces."""
 
 
-def check_init(init: str | LayerInit) -> None:
-    """Raise ValueError unless `init` names a rule or is a function."""
-    if not callable(init) and init not in EXPERT_INITS:
+def resolve_init(init: str | LayerInit) -> str | LayerInit:
+    """The rule that `init` names, with the rules for trained networks (`condconv.upcycle`) as functions.
+
+    Raises:
+        ValueError: `init` is neither a function nor the name of a rule.
+    """
+    if callable(init):
+        return init
+    if init in UPCYCLES:
+        return UPCYCLES[init]
+    if init not in EXPERT_INITS:
         raise ValueError(
-            f"unknown init {init!r}: give one of {', '.join(EXPERT_INITS)}, or a function (layer, name) that "
-            "initialises a static layer in place"
+            f"unknown init {init!r}: give one of {', '.join([*EXPERT_INITS, *UPCYCLES])}, or a function (layer, name) "
+            "that initialises a static layer in place"
         )
+    return init
 
 
 @torch.no_grad()
