@@ -41,13 +41,25 @@ def _unfold(folded: Tensor, batch: int, channels_last: bool) -> Tensor:
     return y_HWNC.permute(2, 3, 0, 1).contiguous(memory_format=torch.channels_last)
 
 
+def _is_scale(kernel_shape: torch.Size, spec: ConvSpec) -> bool:
+    """Whether the convolution only scales each channel: what is left of any kernel on a 1x1 map.
+
+    Apart for being cheaper, these must not reach the library: on one thread it runs 1x1 kernels group by group.
+    """
+    return kernel_shape[3:] == (1, 1) and spec.padding == (0, 0) and spec.stride == (1, 1)
+
+
 def _forward(x_NCHW: Tensor, kernel_NKCRS: Tensor, spec: ConvSpec) -> Tensor:
+    if _is_scale(kernel_NKCRS.shape, spec):
+        return x_NCHW * kernel_NKCRS[:, :, 0]
     kernel_MCRS = kernel_NKCRS.flatten(0, 1)
     folded = F.conv2d(_fold(x_NCHW), kernel_MCRS, None, spec.stride, spec.padding, spec.dilation, kernel_MCRS.shape[0])
     return _unfold(folded, x_NCHW.shape[0], is_channels_last(x_NCHW))
 
 
 def _input_gradient(grad_y_NKPQ: Tensor, x_NCHW: Tensor, kernel_NKCRS: Tensor, spec: ConvSpec) -> Tensor:
+    if _is_scale(kernel_NKCRS.shape, spec):
+        return grad_y_NKPQ * kernel_NKCRS[:, :, 0]
     folded = _library_gradient(grad_y_NKPQ, x_NCHW, kernel_NKCRS.flatten(0, 1), spec, [True, False, False])[0]
     return _unfold(folded, x_NCHW.shape[0], is_channels_last(x_NCHW))
 
@@ -58,6 +70,12 @@ def _kernel_gradient(grad_y_NKPQ: Tensor, x_NCHW: Tensor, kernel_shape: torch.Si
         shape = (kernel_shape[0] * kernel_shape[1], *kernel_shape[2:])
         kernel_MCRS = x_NCHW.new_empty(shape)
         return _library_gradient(grad_y_NKPQ, x_NCHW, kernel_MCRS, spec, [False, True, False])[1].view(kernel_shape)
+    if height * width == 1:  # a 1x1 kernel: dy scales the one window of x that it was computed from
+        rows, columns = (slice(None, None, step) for step in spec.dilation)
+        window = F.pad(x_NCHW, (spec.padding[1], spec.padding[1], spec.padding[0], spec.padding[0]))[:, :, rows, columns]
+        return (window[:, :, : kernel_shape[3], : kernel_shape[4]] * grad_y_NKPQ).unsqueeze(2)
+    if _is_scale(kernel_shape, spec):
+        return (x_NCHW * grad_y_NKPQ).sum((2, 3)).view(kernel_shape)
     x_folded = x_NCHW.reshape(1, -1, *x_NCHW.shape[2:])
     grad_as_kernel = grad_y_NKPQ.reshape(-1, 1, height, width)
     channels = grad_as_kernel.shape[0]
