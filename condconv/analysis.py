@@ -187,7 +187,7 @@ def record_routing(model: nn.Module, num_bins: int = 20) -> Iterator[dict[str, R
     statistics = {
         name: RoutingStatistics(isinstance(router, SoftmaxRouter), num_bins) for name, router in routers.items()
     }
-    names = {router: name for name, router in routers.items()}
+    names: dict[nn.Module, str] = {router: name for name, router in routers.items()}
 
     def hook(router: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         statistics[names[router]].update(output)

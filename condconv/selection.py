@@ -151,7 +151,8 @@ def _check_layers(model: nn.Module, plans: list[UnitPlan]) -> None:
 def _unsupported(layer: nn.Module) -> str | None:
     """Why a layer cannot be replaced, or None."""
     cls = type(layer)
-    if cls not in (nn.Conv2d, nn.Linear) and not is_conv2d_same(layer):
+    plain = cls in (nn.Conv2d, nn.Linear) or (cls.__module__, cls.__name__) == ("timm.layers.linear", "Linear")
+    if not plain and not is_conv2d_same(layer):
         return "is a subclass that computes something else than nn.Conv2d or nn.Linear, e.g. standardised, quantised"
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
     if any(hooks):

@@ -13,7 +13,7 @@ class SqueezeExcite(nn.Module):
         self.expand = nn.Conv2d(2, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.expand(self.reduce(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+        return x * self.expand(nn.functional.silu(self.reduce(x.mean((2, 3), keepdim=True)))).sigmoid()
 
 
 class InvertedResidual(nn.Module):

@@ -1,0 +1,283 @@
+"""Routers shared by the layers of a block, and by blocks: what a converted network survives, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo.testing
+from numerics import assert_close
+from small_networks import SmallNet
+from torch import Tensor, nn
+
+from condconv.convert import convert
+from condconv.layers import CondConv2d, CondLinear
+from condconv.routing import ROUTINGS, Router
+
+EXPERTS = 3
+SIZE = 12
+
+
+def network(routing: str = "fc", **options: object) -> SmallNet:
+    net = SmallNet().double()
+    convert(net, EXPERTS, blocks="blocks.*.*", exclude="se", classifier="classifier", routing=routing, **options)
+    return net
+
+
+def images(count: int = 2) -> Tensor:
+    return torch.randn(count, 3, SIZE, SIZE, dtype=torch.float64)
+
+
+def gradients(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    net.zero_grad()
+    net(x).square().sum().backward()
+    missing = [name for name, p in net.named_parameters() if p.grad is None]
+    assert not missing, f"no gradient: {missing}"
+    return {name: p.grad.clone() for name, p in net.named_parameters()}
+
+
+def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        assert_close(actual[name], expected[name], name)
+
+
+def assert_nothing_left(net: nn.Module) -> None:
+    left = [name for name, m in net.named_modules() if isinstance(m, CondConv2d | CondLinear) and m.routing is not None]
+    units = [
+        m.routing_unit.name for m in net.modules() if hasattr(m, "routing_unit") and m.routing_unit.incoming is not None
+    ]
+    assert not left and not units
+
+
+@pytest.fixture(params=ROUTINGS)
+def routed(request: pytest.FixtureRequest) -> SmallNet:
+    return network(request.param)
+
+
+def test_every_routing_function_trains_every_parameter(routed: SmallNet) -> None:
+    hidden_unit_may_be_dead = any(hasattr(m, "hidden") for m in routed.modules())
+    for name, gradient in gradients(routed, images(4)).items():
+        assert gradient.abs().max() > 0 or (hidden_unit_may_be_dead and "router" in name), name
+    assert_nothing_left(routed)
+
+
+def test_an_example_does_not_depend_on_its_batch(routed: SmallNet) -> None:
+    x = images(5)
+    together = routed(x)
+    assert_close(torch.cat([routed(image) for image in x.split(1)]), together, "one by one")
+
+
+def test_a_deep_copy_is_independent(routed: SmallNet) -> None:
+    x = images()
+    before = routed(x)
+    twin = copy.deepcopy(routed)
+    assert_close(twin(x), before, "copy")
+    with torch.no_grad():
+        for parameter in routed.parameters():
+            parameter.zero_()
+    assert_close(twin(x), before, "copy after the original was cleared")
+    assert routed(x).abs().max() == 0, "the original must not read the copy"
+    modules = set(routed.modules())
+    for module in twin.modules():
+        unit = getattr(module, "routing_unit", None)
+        assert unit is None or unit.successor not in modules
+    assert_nothing_left(twin)
+
+
+def test_pickle_and_state_dict_round_trips(routed: SmallNet, tmp_path: Path) -> None:
+    x = images()
+    before = routed(x)
+    assert_close(pickle.loads(pickle.dumps(routed))(x), before, "pickle")
+    buffer = io.BytesIO()
+    torch.save(routed.state_dict(), buffer)
+    buffer.seek(0)
+    fresh = copy.deepcopy(routed)
+    with torch.no_grad():
+        for parameter in fresh.parameters():
+            parameter.normal_()
+    fresh.load_state_dict(torch.load(buffer, weights_only=True), strict=True)
+    assert_close(fresh(x), before, "state dict")
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("routing", ["fc", "softmax", "hidden_small"])
+def test_gradient_checkpointing_gives_the_same_gradients(routing: str, reentrant: bool) -> None:
+    net = network(routing)
+    x = images().requires_grad_()
+    expected = gradients(net, x)
+    net.reentrant = reentrant
+    assert_same_gradients(gradients(net, x), expected)
+    assert_nothing_left(net)
+
+
+@pytest.mark.parametrize("routing", ["single", "hierarchical"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_routing_across_checkpointed_segments_is_refused_not_wrong(routing: str, reentrant: bool) -> None:
+    net = network(routing)
+    net.reentrant = reentrant
+    with pytest.raises(RuntimeError, match=r"routing weights (of the previous block did not|were computed without)"):
+        net(images().requires_grad_()).sum().backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_routing_within_checkpointed_segments_is_right(reentrant: bool) -> None:
+    net = network("partially_shared")  # a pair of blocks is a stage, which is a segment
+    x = images().requires_grad_()
+    expected = gradients(net, x)
+    net.reentrant = reentrant
+    assert_same_gradients(gradients(net, x), expected)
+
+
+@pytest.mark.parametrize(("routing", "backend"), [("fc", "aot_eager"), ("single", "eager"), ("hierarchical", "eager")])
+def test_compiles_once_for_all_batch_sizes(routing: str, backend: str) -> None:
+    net = SmallNet()
+    convert(net, EXPERTS, blocks="blocks.1.*", exclude="se", classifier="classifier", routing=routing)
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend=counter, fullgraph=True, dynamic=True)
+    compilations = []
+    for count in (2, 3, 5):
+        x = images(count).float()
+        y = compiled(x)
+        assert_close(y, net(x), f"batch {count}")
+        compilations.append(counter.frame_count)
+    assert len(set(compilations)) == 1, f"recompiled: {compilations}"
+    y.sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+    assert_nothing_left(net)
+
+
+@pytest.mark.parametrize(
+    ("routing", "strict"), [("fc", False), ("single", False), ("hierarchical", False), ("fc", True)]
+)
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")  # attributes set and taken away
+def test_exports_with_a_dynamic_batch(routing: str, strict: bool) -> None:
+    net = network(routing).eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(net, (images(2),), dynamic_shapes=({0: batch},), strict=strict).module()
+    for count in (1, 2, 5):
+        x = images(count)
+        assert_close(exported(x), net(x), f"batch {count}")
+    assert_nothing_left(net)
+
+
+def test_distributed_data_parallel(tmp_path: Path) -> None:
+    net = network()
+    x = images(4)
+    expected = gradients(net, x)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(net)
+        actual = gradients(wrapped, x)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert_same_gradients({name.removeprefix("module."): g for name, g in actual.items()}, expected)
+
+
+class Broken(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise ArithmeticError
+
+
+def test_an_exception_leaves_no_routing_weights_behind(routed: SmallNet) -> None:
+    block = routed.blocks[1][0]
+    x = images()
+    before = routed(x)
+    se, block.se = block.se, Broken()
+    with pytest.raises(ArithmeticError):
+        routed(x)
+    assert block.conv_pw.routing is None
+    copy.deepcopy(routed), pickle.dumps(routed)  # routing weights left for the next block would not be copied
+    block.se = se
+    assert_close(routed(x), before, "after the exception")
+
+
+def test_layers_called_without_their_block_say_so() -> None:
+    net = network()
+    with pytest.raises(RuntimeError, match="no router of its own"):
+        net.blocks[0][0].conv_pw(torch.randn(1, 6, 4, 4, dtype=torch.float64))
+
+
+def captured(net: nn.Module) -> tuple[list[str], dict[str, Tensor]]:
+    """Order of router calls, and the routing weights that every layer sees."""
+    calls: list[str] = []
+    seen: dict[str, Tensor] = {}
+    for name, module in net.named_modules():
+        if isinstance(module, Router):
+            module.register_forward_hook(lambda *_, name=name: calls.append(name))
+        if isinstance(module, CondConv2d | CondLinear):
+            module.register_forward_pre_hook(lambda m, _, name=name: seen.__setitem__(name, m.routing))
+    return calls, seen
+
+
+UNITS = ["blocks.0.0", "blocks.0.1", "blocks.1.0", "blocks.1.1", "classifier"]
+LAYERS = {unit: f"{unit}.conv_dw" if unit != "classifier" else unit for unit in UNITS}
+
+
+def test_single_shares_the_first_router_with_all() -> None:
+    net = network("single")
+    calls, seen = captured(net)
+    net(images())
+    assert calls == ["blocks.0.0.router"]
+    assert all(torch.equal(seen[LAYERS[unit]], seen[LAYERS[UNITS[0]]]) for unit in UNITS)
+    assert len([m for m in net.modules() if isinstance(m, Router)]) == 1
+
+
+def test_partially_shared_has_a_router_for_every_other_block() -> None:
+    net = network("partially_shared")
+    calls, seen = captured(net)
+    net(images())
+    assert calls == ["blocks.0.0.router", "blocks.1.0.router", "classifier.router"]
+    routing = [seen[LAYERS[unit]] for unit in UNITS]
+    assert torch.equal(routing[0], routing[1]) and torch.equal(routing[2], routing[3])
+    assert not torch.equal(routing[1], routing[2]) and not torch.equal(routing[3], routing[4])
+
+
+def test_hierarchical_routers_read_the_previous_routing() -> None:
+    net = network("hierarchical")
+    calls, seen = captured(net)
+    inputs = {}
+    for unit in UNITS:
+        module = net.get_submodule(unit)
+        module.register_forward_pre_hook(lambda m, args, unit=unit: inputs.__setitem__(unit, args[0]))
+    net(images())
+    assert calls == [f"{unit}.router" for unit in UNITS]
+    previous = None
+    for unit in UNITS:
+        x = inputs[unit].mean((2, 3)) if inputs[unit].ndim == 4 else inputs[unit]
+        x = x if previous is None else torch.cat([x, previous], 1)
+        router = net.get_submodule(unit).router
+        previous = torch.sigmoid(x @ router.fc.weight.T + router.fc.bias)
+        assert_close(seen[LAYERS[unit]], previous, unit)
+
+
+def test_blocks_that_run_out_of_order_say_so() -> None:
+    net = network("single")
+    net.blocks[0], net.blocks[1] = nn.Identity(), net.blocks[0]
+    net.conv_head = nn.Conv2d(7, 11, 1).double()
+    with pytest.raises(RuntimeError, match="classifier: the routing weights of the previous block did not arrive"):
+        net(images())
+
+
+def test_dropouts_and_temperature_reach_the_routers() -> None:
+    net = network("softmax", dropout=0.1, expert_dropout=0.2, temperature=3.0)
+    routers = [m for m in net.modules() if isinstance(m, Router)]
+    assert len(routers) == len(UNITS)
+    for router in routers:
+        assert (router.dropout, router.expert_dropout, float(router.temperature)) == (0.1, 0.2, 3.0)
+
+
+def test_timms_checkpointing_of_a_whole_network() -> None:
+    timm = pytest.importorskip("timm")
+    net = timm.create_model("mobilenetv3_small_050", num_classes=4).double()
+    convert(net, 2, blocks="blocks.[345].*", exclude="se", classifier="classifier")
+    net.eval()  # BatchNorm would update its averages twice
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    expected = gradients(net, x)
+    net.set_grad_checkpointing()
+    assert_same_gradients(gradients(net, x), expected)
