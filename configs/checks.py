@@ -29,11 +29,12 @@ def check_train(cfg: DictConfig) -> None:
     Raises:
         UserError: the first mistake found.
     """
+    if cfg.data.get("_target_") is None:
+        raise UserError("data=as_trained is for eval.py; choose a data set: data=digits, data=imagenet data.root=...")
+    _whole(cfg, "data.batch_size_per_device", 1)
     check_complete(cfg)
     check_no_secrets(cfg)
     check_condconv(cfg.condconv)
-    if cfg.data.get("_target_") is None:
-        raise UserError("data=as_trained is for eval.py; choose a data set: data=digits, data=imagenet data.root=...")
     for key in ("task.label_smoothing", "model.drop_rate", "model.drop_path_rate"):
         _number(cfg, key, "at least 0 and below 1", lambda x: 0 <= x < 1)
     for key in ("optim.lr", "optim.base_lr"):
@@ -58,7 +59,7 @@ def check_complete(cfg: DictConfig) -> None:
     """Every required value (`???`) is given, and every interpolation resolves."""
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
-        raise UserError(f"Give a value for {', '.join(missing)}: add {' '.join(f'{key}=...' for key in missing)}.")
+        raise UserError(f"{', '.join(missing)} must be given: add {' '.join(f'{key}=...' for key in missing)}")
     OmegaConf.to_container(cfg, resolve=True)
 
 
@@ -89,7 +90,7 @@ def check_condconv(cfg: DictConfig) -> None:
             f"condconv.experts={experts}: expected a whole number from 0 (the static network) to {MOST_EXPERTS}."
         )
     _choice("condconv.routing", cfg.routing, list(ROUTINGS))
-    _choice("condconv.backend", cfg.backend, ["auto", *(str(name) for name in condconv.list_backends())])
+    _choice("condconv.backend", cfg.backend, list(condconv.list_backends()))
     for key in ("dropout", "expert_dropout"):
         _number(cfg, key, "at least 0 and below 1", lambda x: 0 <= x < 1, prefix="condconv.")
     _number(cfg, "temperature", "a number above 0", lambda x: 0 < x < math.inf, prefix="condconv.")
@@ -104,13 +105,13 @@ def check_seed(cfg: DictConfig) -> None:
 def check_trainer(cfg: DictConfig) -> None:
     """Lengths, devices and the accelerator that this machine must have."""
     for key in ("accumulate_grad_batches", "num_nodes", "check_val_every_n_epoch", "log_every_n_steps"):
-        _whole(cfg, key, 1)
+        _whole(cfg, key, 1, "trainer.")
     if cfg.max_steps == -1:
-        _whole(cfg, "max_epochs", 1)
+        _whole(cfg, "max_epochs", 1, "trainer.")
     else:
-        _whole(cfg, "max_steps", 1)
+        _whole(cfg, "max_steps", 1, "trainer.")
     _choice("trainer.accelerator", cfg.accelerator, ["auto", "cpu", "gpu", "cuda", "mps", "tpu"])
-    _whole(cfg, "devices", 1)
+    _whole(cfg, "devices", 1, "trainer.")
     gpus = torch.cuda.device_count()
     if cfg.accelerator in ("gpu", "cuda") and gpus == 0:
         raise UserError(f"trainer.accelerator={cfg.accelerator}, but torch sees no GPU here: use trainer=cpu.")
@@ -142,10 +143,10 @@ def _choice(key: str, value: Any, choices: list[str]) -> None:
         raise UserError(f"{key}={value}: there is no such choice. {hint}Choose one of: {', '.join(choices)}.")
 
 
-def _whole(cfg: DictConfig, key: str, smallest: int) -> None:
-    value = cfg[key]
+def _whole(cfg: DictConfig, key: str, smallest: int, prefix: str = "") -> None:
+    value = OmegaConf.select(cfg, key)
     if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-        raise UserError(f"trainer.{key}={value}: expected a whole number of at least {smallest}.")
+        raise UserError(f"{prefix}{key}={value}: expected a whole number of at least {smallest}.")
 
 
 def _number(cfg: DictConfig, key: str, expected: str, holds: Callable[[float], bool], prefix: str = "") -> None:

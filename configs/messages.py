@@ -59,11 +59,12 @@ def explain(error: BaseException, config_name: str = "train") -> str:
     if isinstance(error, ConfigCompositionException):
         return _explain_composition(error, config_name)
     if isinstance(error, OverrideParseException):
-        return (
-            f"Cannot read the argument {error.override!r}. Arguments have the form key=value, without spaces: {error}"
-        )
+        reason = str(error).splitlines()[1:2]
+        return " ".join([f"Cannot read the argument {error.override!r}: expected key=value without spaces.", *reason])
     if isinstance(error, OmegaConfBaseException):
         return str(error).strip()
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}."
     if isinstance(error, USER_ERRORS):
         return str(error).strip() or type(error).__name__
     place = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None
@@ -137,10 +138,15 @@ def run_as_command(main: Callable[[], None], config_name: str) -> None:
     try:
         main()
     except Exception as error:
+        if isinstance(error, OSError) and error.filename:  # not of a job: Hydra could not make the run's folder
+            error = UserError(
+                f"Cannot write to the output folder {error.filename}: {error.strerror}. Set paths.outputs="
+            )
         if not getattr(error, "reported", False):
             report(error, config_name)
         sys.exit(1)
     finally:
+        HydraConfig.instance().cfg = None  # who calls train(cfg) next, without Hydra, must not find this run's
         for name in (TRACEBACK, "HYDRA_FULL_ERROR"):
             os.environ.pop(name, None)
             os.environ.update({name: before[name]} if name in before else {})

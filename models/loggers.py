@@ -138,9 +138,7 @@ class WandbRun(WandbLogger):
         self.folder.mkdir(parents=True, exist_ok=True)
         mode, reason = choose_mode(self.mode)
         if reason:
-            rank_zero_info(
-                f"W&B runs offline ({reason}). Upload it later: wandb sync {self.folder}/wandb/offline-run-*"
-            )
+            print(f"W&B runs offline ({reason}). To upload it later: wandb sync {self.folder}/wandb/offline-run-*")
         options = {**self._wandb_init, "id": self._saved_id(), "resume": "allow"}
         # Console output and code stay here: they may hold what nobody wants on a server.
         settings = wandb.Settings(console="off", init_timeout=30, quiet=True, save_code=False)
