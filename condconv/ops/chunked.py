@@ -1,13 +1,14 @@
-"""Mix kernels, then convolve: the batch in chunks, the mixed kernels in a small workspace, nothing kept for the backward.
+"""Mix kernels, then convolve: the batch in chunks, the mixed kernels in a small workspace, nothing kept for the
+backward.
 
-Mathematics, for example n: `W_n = sum_e a_ne W_e`, `y_n = W_n * x_n`. Backward, with `dW_n` the kernel gradient of example n:
-`dx_n = W_n^T * dy_n`, `da_ne = <dW_n, W_e>`, `dW_e = sum_n a_ne dW_n`.
+Mathematics, for example n: `W_n = sum_e a_ne W_e`, `y_n = W_n * x_n`. Backward, with `dW_n` the kernel gradient of
+example n: `dx_n = W_n^T * dy_n`, `da_ne = <dW_n, W_e>`, `dW_e = sum_n a_ne dW_n`.
 
-Mixed kernels of a whole batch are N x P numbers (P weights a layer), far more than any cache. So forward and backward walk over
-tiles of (examples, output channels) whose mixed kernels fit in a workspace that stays in the cache and is used again for each
-tile. Tiles prefer few output channels and the whole batch: each expert weight is then read once, and its gradient written once.
-The backward mixes again instead of saving. How one tile is convolved is a `PerExampleConv`: three functions, in the files
-`gemm.py`, `grouped.py` and `depthwise.py`.
+Mixed kernels of a whole batch are N x P numbers (P weights a layer), far more than any cache. So forward and backward
+walk over tiles of (examples, output channels) whose mixed kernels fit in a workspace that stays in the cache and is
+used again for each tile. Tiles prefer few output channels and the whole batch: each expert weight is then read once,
+and its gradient written once. The backward mixes again instead of saving. How one tile is convolved is a
+`PerExampleConv`: three functions, in the files `gemm.py`, `grouped.py` and `depthwise.py`.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from torch import Tensor
 from condconv.ops.spec import ConvSpec, crop_to_live_taps, memory_format_of, mixing_dtype
 
 AUTOMATIC_WORKSPACE_BYTES = {"cpu": 4 << 20, "cuda": 24 << 20}
-"""Workspace when the caller gives 0: inside the last-level cache of one CPU core complex, inside the L2 of a data-centre GPU."""
+"""Workspace when the caller gives 0: inside the last-level cache of one CPU core complex, inside the L2 of a data-
+centre GPU."""
 
 
 class PerExampleConv(NamedTuple):
-    """How examples are convolved with kernels of their own, `kernel_NKCRS` (K may be a tile of the layer's output channels)."""
+    """How examples are convolved with kernels of their own, `kernel_NKCRS` (K may be a tile of the layer's output
+    channels)."""
 
     forward: Callable[[Tensor, Tensor, ConvSpec], Tensor]
     """(x_NCHW, kernel_NKCRS, spec) -> y_NKPQ"""
@@ -42,19 +45,22 @@ class _Tile(NamedTuple):
 
 
 class _Workspace(threading.local):
-    """One buffer per thread, dtype and use, kept between calls: fresh memory of this size costs more in page faults than in work."""
+    """One buffer per thread, dtype and use, kept between calls: fresh memory of this size costs more in page faults
+    than in work."""
 
     def __init__(self) -> None:
         self.buffers: dict[tuple[torch.dtype, str], Tensor] = {}
 
     def get(self, numel: int, like: Tensor, use: str) -> Tensor:
-        """A flat uninitialised tensor with `numel` elements; on a GPU the caching allocator already does this per stream."""
-        if like.device.type != "cpu":
+        """A flat uninitialised tensor with `numel` elements; on a GPU the caching allocator already does this per
+        stream.""" if like.device.type != "cpu":
             return like.new_empty(numel)
         key = (like.dtype, use)
         buffer = self.buffers.get(key)
         if buffer is None or buffer.numel() < numel:
-            buffer = self.buffers[key] = torch.empty(numel, dtype=like.dtype)
+            # A buffer made in inference mode (validation) could not be written to in the next training step.
+            with torch.inference_mode(False):
+                buffer = self.buffers[key] = torch.empty(numel, dtype=like.dtype)
         return buffer[:numel]
 
 
@@ -64,7 +70,8 @@ _workspace = _Workspace()
 def plan_tiles(
     batch: int, out_channels: int, weights_per_channel: int, groups: int, itemsize: int, budget_bytes: int
 ) -> list[_Tile]:
-    """Tiles of (examples, output channels) whose mixed kernels fit in the budget; at least one example and 32 channels each.
+    """Tiles of (examples, output channels) whose mixed kernels fit in the budget; at least one example and 32
+    channels each.
 
     Output channels are split first, and only without groups; what is then still too large is split over examples.
     """
