@@ -206,7 +206,7 @@ def _kernel_gradient_kernel(
             grad_y = tl.load(grad_y_ptr + y_offset, mask=mask, other=0.0).to(tl.float32)
             x = tl.load(x_ptr + x_offset, mask=mask, other=0.0).to(tl.float32)
             grad += tl.sum(grad_y * x, AXIS)
-        tl.store(target + tap * num_channels, grad, mask=channels < num_channels)
+        tl.store(target + tap * num_channels, grad.to(grad_kernel_ptr.dtype.element_ty), mask=channels < num_channels)
 
 
 class _Experts(NamedTuple):
@@ -286,7 +286,7 @@ def _expert_gradients(
     needs: tuple[bool, bool],
     workspace_bytes: int,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of routing and experts `[E, T, C]`, float32. Kernel gradients stay in float32: they are small."""
+    """Gradients of routing and experts `[E, T, C]`, float32."""
     num_experts, taps, channels = experts.weight_ETC.shape
     batch, num_positions = x_NCHW.shape[0], grad_y_NKPQ[0, 0].numel()
     block_l, block_c = (16, 16) if INTERPRETED.value else GRADIENT_BLOCKS
@@ -296,7 +296,9 @@ def _expert_gradients(
     step = min(batch, max(1, workspace_budget(workspace_bytes, x_NCHW.device) // row_bytes))
     grad_routing = torch.zeros_like(routing_NE) if needs[0] else None
     grad_weight = torch.empty_like(experts.weight_ETC, dtype=torch.float32) if needs[1] else None
-    space = routing_NE.new_empty((step, parts, taps * channels))
+    # One part is rounded like any mixed kernel's gradient; several are added up in float32 first.
+    space_dtype = x_NCHW.dtype if parts == 1 else torch.float32
+    space = torch.empty((step, parts, taps * channels), dtype=space_dtype, device=x_NCHW.device)
     for first in range(0, batch, step):
         x, grad_y = x_NCHW[first : first + step], grad_y_NKPQ[first : first + step]
         grad_npP = space[: x.shape[0]]
@@ -320,11 +322,10 @@ def _expert_gradients(
         reduce(
             routing_NE[first : first + step],
             experts.weight_ETC.view(num_experts, -1),
-            grad_npP[:, 0] if parts == 1 else grad_npP.sum(1),
+            grad_npP[:, 0] if parts == 1 else grad_npP.sum(1).to(x_NCHW.dtype),
             None if grad_routing is None else grad_routing[first : first + step],
             None if grad_weight is None else grad_weight.view(num_experts, -1),
             first > 0,
-            x_NCHW.dtype,
         )
     return grad_routing, grad_weight
 

@@ -129,19 +129,16 @@ def source_positions(
     return row * source_width + column, valid
 
 
+@triton.jit
+def split(x, dtype: tl.constexpr):
+    """A float32 tensor as the sum of two of a half type: 16 (bfloat16) or 22 (float16) bits of it."""
+    high = x.to(dtype)
+    return high, (x - high.to(tl.float32)).to(dtype)
+
+
 def matmul_precision(dtype: torch.dtype) -> str:
     """Precision of the convolution's products: exact for half types, IEEE for float32 unless the user allows TF32."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
-def mixing_precision(dtype: torch.dtype) -> str:
-    """Precision of mixing and of its transposes, always of float32 numbers.
-
-    Three TF32 products (relative error about 1e-6) where the result is rounded to a half type or TF32 is allowed, else
-    IEEE.
-    """
-    exact = dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
-    return "ieee" if exact else "tf32x3"
 
 
 def workspace_budget(workspace_bytes: int, device: torch.device) -> int:

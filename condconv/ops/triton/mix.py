@@ -6,19 +6,21 @@ Mathematics, with one example's kernel as a row of P numbers:
     routing  da[n, e]     = sum_p dkernel[n, p] W[e, p]    partial sums per block of p, added up in a second step
 Both transposes read the kernel gradients once, in one launch.
 
-Letters: n examples of a tile, E experts (padded to 16 or more, at most 64), P weights of a tile. Matrix products on
-float32 numbers; their precision is `launch.mixing_precision`. Experts may lie in rows of a larger tensor: [E, rows,
-columns] with contiguous columns. Offsets over n and e are 64-bit.
+Letters: n examples of a tile, E experts (padded to 16 or more, at most 64), P weights of a tile.
+Precision: accumulation in float32. With a workspace of a half type the matrix units multiply; float32 factors (routing
+weights, master weights) are then split into two numbers of that type, so that they keep 16 bits in bfloat16, against
+the 8 that the result is rounded to. With a float32 workspace all products are IEEE float32, whatever TF32 is allowed
+elsewhere. Experts may lie in rows of a larger tensor: [E, rows, columns] with contiguous columns. Offsets over n and e
+are 64-bit.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from condconv.ops.triton.launch import INTERPRETED, dot, mixing_precision, tile_configs
+from condconv.ops.triton.launch import INTERPRETED, dot, split, tile_configs
 
 MIX_TILES = [(16, 256, 4, 1), (32, 128, 4, 1), (32, 256, 8, 1), (64, 128, 4, 1), (64, 256, 8, 1)]
 
@@ -36,7 +38,6 @@ def _mix_kernel(
     weight_stride_e,
     weight_stride_row,
     CONTIGUOUS: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -55,7 +56,16 @@ def _mix_kernel(
         mask=(e[:, None] < num_experts) & (p < num_weights),
         other=0.0,
     )
-    mixed = dot(routing, weight.to(tl.float32), tl.zeros((BLOCK_N, BLOCK_P), tl.float32), PRECISION)
+    weight = weight.to(tl.float32)
+    mixed = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
+    if kernel_ptr.dtype.element_ty == tl.float32:
+        mixed = dot(routing, weight, mixed, "ieee")
+    else:
+        routing_high, routing_low = split(routing, kernel_ptr.dtype.element_ty)
+        weight_high, weight_low = split(weight, kernel_ptr.dtype.element_ty)
+        mixed = dot(routing_high, weight_high, mixed, "ieee")
+        mixed = dot(routing_low, weight_high, mixed, "ieee")
+        mixed = dot(routing_high, weight_low, mixed, "ieee")
     target = kernel_ptr + n * num_weights + p
     tl.store(target, mixed.to(kernel_ptr.dtype.element_ty), mask=(n < num_examples) & (p < num_weights))
 
@@ -75,11 +85,11 @@ def _reduce_kernel(
     NEED_ROUTING: tl.constexpr,
     NEED_WEIGHT: tl.constexpr,
     ACCUMULATE: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
+    HALF: tl.constexpr = grad_kernel_ptr.dtype.element_ty != tl.float32
     program = tl.program_id(0)
     p = program * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
     e = tl.arange(0, BLOCK_E)
@@ -88,6 +98,8 @@ def _reduce_kernel(
     if NEED_ROUTING:
         weight_rows = tl.load(weight_ptr + expert_rows * weight_stride_e + p, mask=expert_mask, other=0.0)
         weight_PE = tl.trans(weight_rows.to(tl.float32))
+        if HALF:
+            weight_high, weight_low = split(weight_PE, grad_kernel_ptr.dtype.element_ty)
         partial_ptr += program.to(tl.int64) * num_examples * num_experts
     grad_weight = tl.zeros((BLOCK_E, BLOCK_P), tl.float32)
     if ACCUMULATE:
@@ -98,16 +110,26 @@ def _reduce_kernel(
             grad_kernel_ptr + n[:, None] * num_weights + p,
             mask=(n[:, None] < num_examples) & (p < num_weights),
             other=0.0,
-        ).to(tl.float32)
+        )
         if NEED_WEIGHT:
             routing_EN = tl.load(
                 routing_ptr + n[None, :] * num_experts + e[:, None],
                 mask=(n[None, :] < num_examples) & (e[:, None] < num_experts),
                 other=0.0,
             )
-            grad_weight = dot(routing_EN, grad_kernel, grad_weight, PRECISION)
+            if HALF:
+                routing_high, routing_low = split(routing_EN, grad_kernel_ptr.dtype.element_ty)
+                grad_weight = dot(routing_high, grad_kernel, grad_weight, "ieee")
+                grad_weight = dot(routing_low, grad_kernel, grad_weight, "ieee")
+            else:
+                grad_weight = dot(routing_EN, grad_kernel, grad_weight, "ieee")
         if NEED_ROUTING:
-            partial = dot(grad_kernel, weight_PE, tl.zeros((BLOCK_N, BLOCK_E), tl.float32), PRECISION)
+            partial = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
+            if HALF:
+                partial = dot(grad_kernel, weight_high, partial, "ieee")
+                partial = dot(grad_kernel, weight_low, partial, "ieee")
+            else:
+                partial = dot(grad_kernel, weight_PE, partial, "ieee")
             tl.store(
                 partial_ptr + n[:, None] * num_experts + e[None, :],
                 partial,
@@ -148,7 +170,6 @@ def mix(routing_nE: Tensor, weight_Erc: Tensor, kernel_nP: Tensor) -> None:
         weight_Erc.stride(0),
         weight_Erc.stride(1),
         CONTIGUOUS=contiguous,
-        PRECISION=mixing_precision(kernel_nP.dtype),
         BLOCK_E=_block_e(num_experts),
     )
 
@@ -160,23 +181,21 @@ def reduce(
     grad_routing_nE: Tensor | None,
     grad_weight_EP: Tensor | None,
     accumulate: bool,
-    dtype: torch.dtype,
 ) -> None:
     """Reduce kernel gradients onto routing weights (added to) and experts (added to if `accumulate`, else written).
 
     Args:
         routing_nE: float32, contiguous.
         weight_EP: experts, rows contiguous, any float dtype.
-        grad_kernel_nP: contiguous, float32 or the dtype of the convolution's input.
+        grad_kernel_nP: contiguous, float32 or a half type.
         grad_routing_nE: float32, or None when not needed.
         grad_weight_EP: rows contiguous, float32 if anything is ever added to it, or None when not needed.
         accumulate: whether `grad_weight_EP` holds the sum over earlier examples.
-        dtype: dtype of the convolution's input, which decides the precision of the products.
     """
     num_examples, num_experts = routing_nE.shape
     num_weights = grad_kernel_nP.shape[1]
     block_e = _block_e(num_experts)
-    block_p = 32 if INTERPRETED.value else max(64, min(256, 4096 // block_e))
+    block_p = 32 if INTERPRETED.value else max(64, 2048 // block_e)
     programs = triton.cdiv(num_weights, block_p)
     unused = routing_nE
     partial_BnE = unused
@@ -196,7 +215,6 @@ def reduce(
         NEED_ROUTING=grad_routing_nE is not None,
         NEED_WEIGHT=grad_weight_EP is not None,
         ACCUMULATE=accumulate and grad_weight_EP is not None,
-        PRECISION=mixing_precision(dtype),
         BLOCK_E=block_e,
         BLOCK_N=16 if INTERPRETED.value else 32,
         BLOCK_P=block_p,

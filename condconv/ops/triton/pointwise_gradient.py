@@ -258,12 +258,14 @@ def kernel_gradient(grad_y_nKPQ: Tensor, x_nCHW: Tensor, grad_kernel_nKTC: Tenso
 
 
 def _fused_blocks(num_experts: int) -> tuple[int, int, int, int]:
-    """Blocks of experts, k, c and positions: E x k x c numbers stay in registers, at most half of a register file."""
+    """Blocks of experts, k, c and positions: E x k x c numbers stay in registers, 64 of each thread."""
     block_e = triton.next_power_of_2(num_experts)
     if INTERPRETED.value:
         return block_e, 16, 16, 32
-    side = {1: 128, 2: 64, 4: 64, 8: 64, 16: 32, 32: 32, 64: 16}[block_e]
-    return block_e, side, side, 32
+    rows, columns = {1: (128, 128), 2: (64, 128), 4: (64, 64), 8: (64, 32), 16: (32, 32), 32: (16, 32), 64: (16, 16)}[
+        block_e
+    ]
+    return block_e, rows, columns, 32
 
 
 def expert_gradients(

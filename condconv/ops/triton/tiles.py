@@ -219,6 +219,5 @@ def _expert_gradients(
             None if grad_routing_NE is None else grad_routing_NE[tile.examples],
             None if grad_EKTC is None else grad_EKTC[:, tile.channels].view(experts, -1),
             tile.examples.start > 0,
-            x_NCHW.dtype,
         )
     return grad_EKTC
