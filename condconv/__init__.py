@@ -1,7 +1,8 @@
 """Conditionally parameterized convolutions (CondConv, NeurIPS 2019) for PyTorch.
 
-`CondConv2d` and `CondLinear` drop into any network, `convert` turns the layers of an existing one, `complexity` counts parameters
-and multiply-adds by the paper's rules, `condconv2d` and `cond_linear` are the functions beneath, `list_backends` their algorithms.
+`CondConv2d` and `CondLinear` drop into any network, `convert` turns the layers of an existing one, `complexity`
+counts parameters and multiply-adds by the paper's rules, `condconv2d` and `cond_linear` are the functions beneath,
+`list_backends` their algorithms.
 """
 
 from condconv.complexity import complexity

@@ -83,7 +83,7 @@ def _check_tensors(x: Tensor, routing: Tensor, weight: Tensor, bias: Tensor | No
 
 
 def _compute_input(x: Tensor, weight: Tensor) -> Tensor:
-    """x in the dtype to compute in: under autocast its lower precision, else as it is, and then equal to the weight's."""
+    """The input in the dtype to compute in: autocast's, else its own, which must then be the weight's."""
     if not x.is_floating_point():
         raise ValueError(
             f"x must be floating point, got {x.dtype}; convert images with x.float() / 255 or a normalisation."
@@ -112,16 +112,19 @@ def condconv2d(
 
     Args:
         x: Input `[N, C, H, W]`, contiguous or channels last; float64, float32, bfloat16 or float16. N may be 0.
-        routing_weights: `[N, E]`, any real numbers. Mixing is done in float32, also under autocast and for half precision.
+        routing_weights: `[N, E]`, any real numbers. Mixing is done in float32, also under autocast and for half
+            precision.
         weight: Expert kernels `[E, K, C / groups, R, S]`.
         bias: Expert biases `[E, K]`, mixed like the kernels, or None.
         stride: As in `torch.nn.functional.conv2d`.
-        padding: Zero padding: an integer, a (height, width) pair, "valid", "same" (stride 1), or "same_tf": TensorFlow's
-            rule, whose output has `ceil(size / stride)` positions and whose odd padding goes to the bottom and the right.
+        padding: Zero padding: an integer, a (height, width) pair, "valid", "same" (stride 1), or "same_tf":
+            TensorFlow's rule, whose output has `ceil(size / stride)` positions and whose odd padding goes to the
+            bottom and the right.
         dilation: As in `torch.nn.functional.conv2d`.
         groups: As in `torch.nn.functional.conv2d`; C for a depthwise convolution.
         backend: One of `condconv.list_backends()`. "auto" decides by shape; see `condconv.explain`.
-        workspace_bytes: Memory for mixed kernels; 0 for an automatic value. Results do not depend on it but for rounding.
+        workspace_bytes: Memory for mixed kernels; 0 for an automatic value. Results do not depend on it but for
+            rounding.
 
     Returns:
         `[N, K, P, Q]` in the dtype and memory format that `conv2d` would return.

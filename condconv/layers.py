@@ -50,7 +50,8 @@ class _CondLayer(nn.Module):
         if router is not None and router.num_experts != num_experts:
             raise ValueError(f"The router has {router.num_experts} experts, the layer {num_experts}.")
         self.router = router
-        # The enclosing block's hook puts shared routing weights here for the time of one forward; see `condconv.convert`.
+        # The enclosing block's hook puts shared routing weights here for the time of one forward; see
+        # `condconv.convert`.
         self.routing: Tensor | None = None
         self.reset_parameters()
 
@@ -65,8 +66,8 @@ class _CondLayer(nn.Module):
                 nn.init.uniform_(self.bias[expert], -bound, bound)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        # `network.to(memory_format=torch.channels_last)` takes a 5-D weight for that of a 3-D convolution and fails: let the
-        # conversion see flat experts. Device and dtype conversions do not mind.
+        # `network.to(memory_format=torch.channels_last)` takes a 5-D weight for that of a 3-D convolution and fails:
+        # let the conversion see flat experts. Device and dtype conversions do not mind.
         def convert(tensor: Tensor) -> Tensor:
             if tensor.dim() != 5:
                 return fn(tensor)  # type: ignore[no-any-return]
@@ -83,8 +84,8 @@ class _CondLayer(nn.Module):
             routing: Tensor = self.router(x)
             return routing
         raise RuntimeError(
-            f"{type(self).__name__} has no router of its own (router=None) and was called without routing weights. Call "
-            "layer(x, routing_weights), or call the whole block whose router feeds it."
+            f"{type(self).__name__} has no router of its own (router=None) and was called without routing weights. "
+            "Call layer(x, routing_weights), or call the whole block whose router feeds it."
         )
 
 
@@ -104,8 +105,8 @@ class CondConv2d(_CondLayer):
         bias: Whether to have a bias per expert, mixed like the kernels.
         padding_mode: As in `nn.Conv2d`.
         num_experts: Experts E.
-        router: The layer's own routing function, by name or as a module, pooled from the layer's input. None when routing
-            weights are always given: `layer(x, routing_weights)`.
+        router: The layer's own routing function, by name or as a module, pooled from the layer's input. None when
+            routing weights are always given: `layer(x, routing_weights)`.
         backend: One of `condconv.list_backends()`.
         workspace_bytes: Memory for mixed kernels; 0 for an automatic value.
         device: Of the parameters.

@@ -1,7 +1,8 @@
-"""Routing functions: from a layer's input to one weight per example and expert (paper section 3; the names of section 4's ablation).
+"""Routing functions: from a layer's input to one weight per example and expert (paper section 3)
 
-A router pools its input over space and maps the pooled channels to `[N, E]`. Everything after the pooling runs in float32, also
-under autocast and for half-precision networks: routing weights multiply whole kernels, and a rounded sigmoid saturates early.
+A router pools its input over space and maps the pooled channels to `[N, E]`. Everything after the pooling runs in
+float32, also under autocast and for half-precision networks: routing weights multiply whole kernels, and a rounded
+sigmoid saturates early.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class Router(nn.Module):
         in_channels: Channels C of the input.
         num_experts: Experts E.
         dropout: Probability that a routing weight of an example is zeroed, the others scaled by `1 / (1 - p)`.
-        expert_dropout: Probability that an expert is zeroed for the whole batch, the others scaled likewise. Zeroed, not
+        expert_dropout: Probability that an expert is zeroed for the whole batch, the others scaled likewise. Zeroed,
+            not
             skipped: every parameter still gets a gradient, so distributed training needs no search for unused ones.
     """
 
@@ -91,7 +93,7 @@ def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
 
 
 class FCRouter(Router):
-    """The paper's default: `sigmoid(pool(x) R + b)`, one fully connected layer, initialised as the authors' Dense layer.
+    """The paper's default: `sigmoid(pool(x) R + b)`, initialised as the Dense layer of the authors' code.
 
     Glorot-uniform weights, zero bias: the defaults of the Keras layer in the authors' code.
     """
@@ -144,7 +146,7 @@ class SoftmaxRouter(FCRouter):
 
 
 class HiddenRouter(FCRouter):
-    """One hidden layer with ReLU before the linear map; the paper's small, medium and large have C/8, C and 8C units."""
+    """One hidden layer with ReLU before the linear map; small, medium and large have C/8, C and 8C units."""
 
     def __init__(self, in_channels: int, num_experts: int, *, width: float = 1.0, **options: Any) -> None:
         super().__init__(in_channels, num_experts, **options)
@@ -235,7 +237,8 @@ def build_router(
     """Build a router by name.
 
     Args:
-        name: One of `ROUTINGS`. "single" and "partially_shared" give the `fc` router that `convert` shares between blocks.
+        name: One of `ROUTINGS`. "single" and "partially_shared" give the `fc` router that `convert` shares between
+            blocks.
         in_channels: Channels C of the input.
         num_experts: Experts E.
         dropout: Dropout on single routing weights, see `Router`.

@@ -29,7 +29,8 @@ centre GPU."""
 
 class PerExampleConv(NamedTuple):
     """How examples are convolved with kernels of their own, `kernel_NKCRS` (K may be a tile of the layer's output
-    channels)."""
+    channels).
+    """
 
     forward: Callable[[Tensor, Tensor, ConvSpec], Tensor]
     """(x_NCHW, kernel_NKCRS, spec) -> y_NKPQ"""
@@ -46,14 +47,15 @@ class _Tile(NamedTuple):
 
 class _Workspace(threading.local):
     """One buffer per thread, dtype and use, kept between calls: fresh memory of this size costs more in page faults
-    than in work."""
+    than in work.
+    """
 
     def __init__(self) -> None:
         self.buffers: dict[tuple[torch.dtype, str], Tensor] = {}
 
     def get(self, numel: int, like: Tensor, use: str) -> Tensor:
-        """A flat uninitialised tensor with `numel` elements; on a GPU the caching allocator already does this per
-        stream.""" if like.device.type != "cpu":
+        """A flat uninitialised tensor of `numel` elements. On a GPU the caching allocator does this, per stream."""
+        if like.device.type != "cpu":
             return like.new_empty(numel)
         key = (like.dtype, use)
         buffer = self.buffers.get(key)

@@ -1,9 +1,9 @@
-"""Per-example depthwise convolution: the batch folded into the channels of one depthwise convolution, in both directions.
+"""Per-example depthwise convolution: the batch folded into the channels of one depthwise convolution.
 
-A depthwise convolution does not mix channels, so N examples of C channels are one example of N*C channels. That holds for the
-forward and for the input gradient. The kernel gradient is a depthwise convolution too, of x by dy: `dW[c,r,s] = sum_pq dy[c,p,q]
-x[c, p*stride + r*dilation - padding, ...]`, that is, dy is the kernel, and stride and dilation change places. On small maps
-this is several times faster than the library's own weight gradient.
+A depthwise convolution does not mix channels, so N examples of C channels are one example of N*C channels. That holds
+for the forward and for the input gradient. The kernel gradient is a depthwise convolution too, of x by dy: `dW[c,r,s]
+= sum_pq dy[c,p,q] x[c, p*stride + r*dilation - padding, ...]`, that is, dy is the kernel, and stride and dilation
+change places. On small maps this is several times faster than the library's own weight gradient.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from condconv.ops.chunked import PerExampleConv
 from condconv.ops.spec import ConvSpec, Problem, is_channels_last
 
 LARGEST_GRADIENT_KERNEL = 16 * 16
-"""Maps of dy up to this many positions serve as kernels in the kernel gradient; larger ones go to the library's weight gradient."""
+"""Maps of dy with more positions than this go to the library's weight gradient instead of serving as kernels."""
 
 
 def supports(problem: Problem) -> str | None:
@@ -25,7 +25,7 @@ def supports(problem: Problem) -> str | None:
 
 
 def _fold(tensor_NCHW: Tensor) -> Tensor:
-    """`[1, N*C, H, W]` in the memory format of the tensor. Channels last copies whole runs of C numbers; contiguous is a view."""
+    """`[1, N*C, H, W]` in the tensor's memory format: channels last copies runs of C numbers, contiguous is a view."""
     batch, channels, height, width = tensor_NCHW.shape
     if not is_channels_last(tensor_NCHW):
         return tensor_NCHW.reshape(1, batch * channels, height, width)
@@ -72,7 +72,9 @@ def _kernel_gradient(grad_y_NKPQ: Tensor, x_NCHW: Tensor, kernel_shape: torch.Si
         return _library_gradient(grad_y_NKPQ, x_NCHW, kernel_MCRS, spec, [False, True, False])[1].view(kernel_shape)
     if height * width == 1:  # a 1x1 kernel: dy scales the one window of x that it was computed from
         rows, columns = (slice(None, None, step) for step in spec.dilation)
-        window = F.pad(x_NCHW, (spec.padding[1], spec.padding[1], spec.padding[0], spec.padding[0]))[:, :, rows, columns]
+        window = F.pad(x_NCHW, (spec.padding[1], spec.padding[1], spec.padding[0], spec.padding[0]))[
+            :, :, rows, columns
+        ]
         return (window[:, :, : kernel_shape[3], : kernel_shape[4]] * grad_y_NKPQ).unsqueeze(2)
     if _is_scale(kernel_shape, spec):
         return (x_NCHW * grad_y_NKPQ).sum((2, 3)).view(kernel_shape)

@@ -1,7 +1,7 @@
 """Per-example convolution as batched matrix products.
 
-Pointwise: with `x_n` as an `L x C` matrix (channels last) or `C x L` (contiguous), both without a copy, `y_n = x_n W_n^T` or
-`W_n x_n`. Other kernels, dense or grouped: the patches are unfolded to `C R S x L` first.
+Pointwise: with `x_n` as an `L x C` matrix (channels last) or `C x L` (contiguous), both without a copy, `y_n = x_n
+W_n^T` or `W_n x_n`. Other kernels, dense or grouped: the patches are unfolded to `C R S x L` first.
 """
 
 from __future__ import annotations

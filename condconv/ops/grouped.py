@@ -1,7 +1,8 @@
 """Per-example convolution as one grouped convolution: the batch is folded into the channels, N * G groups.
 
-`x [n,C,H,W]` becomes `[1,n*C,H,W]`, the kernels `[n*K,C/G,R,S]`. Any geometry, whatever the library's grouped convolution makes
-of it: fast on few large maps, slow on small ones (pytorch issues 43544, 70954). Depthwise layers have a file of their own.
+`x [n,C,H,W]` becomes `[1,n*C,H,W]`, the kernels `[n*K,C/G,R,S]`. Any geometry, whatever the library's grouped
+convolution makes of it: fast on few large maps, slow on small ones (pytorch issues 43544, 70954). Depthwise layers
+have a file of their own.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """The mixture form: run experts, mix outputs, `y_n = sum_e a_ne (W_e * x_n)`.
 
-E times the multiply-adds of one convolution, but kernels of examples never exist: with few output positions and many examples
-that is by far the cheaper form, and it is the exact mathematical dual of mixing first. Two ways:
+E times the multiply-adds of one convolution, but kernels of examples never exist: with few output positions and many
+examples that is by far the cheaper form, and it is the exact mathematical dual of mixing first. Two ways:
 
-- small dense kernels on small maps, pointwise above all: matrix products of all rows (examples x positions) with all experts.
+- small dense kernels on small maps, pointwise above all: matrix products of all rows (examples x positions) with all
+  experts.
 - anything else: one library convolution per expert.
 
 Nothing but the arguments is kept for the backward: `dz_e = W_e^T * dy` serves both `dx_n = sum_e a_ne dz_ne` and
@@ -151,7 +152,7 @@ def _backward_inputs(
 
 
 def _backward_experts(grad_MK: Tensor, x_MC: Tensor, routing_ME: Tensor, weight_EKC: Tensor) -> Tensor:
-    """`dW_e = sum_m a_me dy_m x_m^T`, written once per expert; the smaller of the two factors carries the routing weight."""
+    """`dW_e = sum_m a_me dy_m x_m^T`, written once per expert; the smaller factor carries the routing weight."""
     grad_EKC = torch.empty_like(weight_EKC)
     scale_x = x_MC.shape[1] < grad_MK.shape[1]
     for expert, grad_KC in enumerate(grad_EKC):

@@ -1,7 +1,8 @@
 """The one custom operator behind all backends: forward, backward, shapes for tracing, autograd.
 
-The algorithm is chosen inside the operator, at run time and from true sizes. To `torch.compile` and `torch.export` a layer is
-therefore one opaque node whatever the batch size: no recompilation when the choice changes, no `groups` baked in.
+The algorithm is chosen inside the operator, at run time and from true sizes. To `torch.compile` and `torch.export` a
+layer is therefore one opaque node whatever the batch size: no recompilation when the choice changes, no `groups`
+baked in.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from condconv.ops.registry import AUTO, get_backend
 from condconv.ops.choice import choose
+from condconv.ops.registry import AUTO, get_backend
 from condconv.ops.spec import ConvSpec, Problem, is_channels_last, memory_format_of
 
 

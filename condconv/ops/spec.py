@@ -1,6 +1,7 @@
 """What one per-example convolution is: its geometry, its problem size, and the taps of its kernel that can matter.
 
-Letters used in all of `condconv.ops`: N batch, C H W input, K P Q output, R S kernel, E experts, G groups, L = P * Q output positions.
+Letters used in all of `condconv.ops`: N batch, C H W input, K P Q output, R S kernel, E experts, G groups, L = P * Q
+output positions.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Problem:
 
     @classmethod
     def of(cls, x_NCHW: Tensor, weight_EKCRS: Tensor, spec: ConvSpec, training: bool) -> Problem:
-        """Describe the convolution of `x_NCHW` by `weight_EKCRS`; `training` says whether gradients will be asked for."""
+        """Describe the convolution of `x_NCHW` by `weight_EKCRS`; `training`: gradients will be asked for."""
         experts, out_channels, _, kernel_height, kernel_width = weight_EKCRS.shape
         return cls(
             batch=x_NCHW.shape[0],
@@ -111,7 +112,8 @@ def _live_taps_1d(size: int, kernel: int, stride: int, padding: int, dilation: i
     ]
     if not live:
         return Taps(0, kernel, padding)
-    # The smallest range whose padding is symmetric again and gives the same output size: backends know symmetric padding only.
+    # The smallest range whose padding is symmetric again and gives the same output size: backends know symmetric
+    # padding only.
     for extra in range(kernel):
         for before in range(extra + 1):
             start, stop = live[0] - before, live[-1] + 1 + extra - before
@@ -163,6 +165,6 @@ def mixing_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast off for this device; where there is none (meta tensors, on which networks are counted) nothing happens."""
+    """Autocast off for this device; nothing where there is none, as on meta tensors, on which networks are counted."""
     available = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
