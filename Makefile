@@ -56,7 +56,7 @@ format: $(STAMP) ## repair style and formatting in place
 	@$(BIN)/ruff format .
 
 bench: $(STAMP) ## measure the backends on this machine
-	@$(BIN)/python -m benchmarks.ops $(ARGS)
+	@$(BIN)/python -m benchmarks.backends $(ARGS)
 
 docs: $(STAMP) ## redraw the picture and recompute the table of README.md
 	@$(BIN)/python docs/figures/make_idea.py
