@@ -193,16 +193,20 @@ def choose_mode(wanted: str) -> tuple[str, str | None]:
         return wanted, None
     if os.environ.get("WANDB_MODE"):
         return os.environ["WANDB_MODE"], None
-    import wandb
-
-    api_key = os.environ.get("WANDB_API_KEY") or wandb.api.api_key
-    if not api_key:
+    if not find_api_key():
         return "offline", "not logged in: `wandb login`"
     url = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
     behind_proxy = any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
     if not behind_proxy and not _reachable(url.hostname or "", url.port or (443 if url.scheme == "https" else 80)):
         return "offline", f"no connection to {url.hostname}"
     return "online", None
+
+
+def find_api_key() -> str | None:
+    """The API key of the environment, or the one that `wandb login` saved for the server."""
+    import wandb
+
+    return os.environ.get("WANDB_API_KEY") or wandb.api.api_key
 
 
 def _reachable(host: str, port: int, timeout_s: float = 3.0) -> bool:

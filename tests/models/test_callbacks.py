@@ -1,0 +1,247 @@
+"""Callbacks and loggers, on a network of a few layers."""
+
+from __future__ import annotations
+
+import csv
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from condconv import CondConv2d
+from models.callbacks import EvaluationSpeed, ModelTable, RoutingStatistics, SavedConfig, Throughput
+from models.callbacks.display import EpochLines
+from models.classification import ClassificationModule
+from models.loggers import MetricsCsv, WandbRun, choose_mode
+from models.optim import build_optimizer
+
+
+class Net(nn.Module):
+    """Two layers, one of them CondConv with its own router."""
+
+    def __init__(self, experts: int = 3) -> None:
+        super().__init__()
+        self.first = CondConv2d(3, 8, 3, num_experts=experts) if experts else nn.Conv2d(3, 8, 3)
+        self.classifier = nn.Linear(8, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(self.first(images).mean((2, 3)))
+
+
+def module(experts: int = 3) -> ClassificationModule:
+    return ClassificationModule(Net(experts), 4, optimizer=partial(build_optimizer, name="sgd", lr=0.01))
+
+
+def loader(count: int = 6, size: int = 4) -> DataLoader:
+    data = TensorDataset(torch.randn(count * size, 3, 8, 8), torch.randint(4, (count * size,)))
+    return DataLoader(data, batch_size=size)
+
+
+def fit(model: pl.LightningModule, *callbacks: pl.Callback, logger: object = False, **options: object) -> pl.Trainer:
+    options = {"max_epochs": 1, "enable_progress_bar": False, "enable_checkpointing": False, **options}
+    options |= {"enable_model_summary": False, "accelerator": "cpu", "log_every_n_steps": 1, "num_sanity_val_steps": 0}
+    trainer = pl.Trainer(callbacks=list(callbacks), logger=logger, **options)
+    trainer.fit(model, loader(), loader(3))
+    return trainer
+
+
+class Recorder(pl.loggers.logger.DummyLogger):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.metrics: dict[str, list[float]] = {}
+        self.steps: dict[str, list[int]] = {}
+        self.histograms: dict[str, Tensor] = {}
+
+    def log_metrics(self, metrics: dict, step: int | None = None) -> None:
+        for key, value in metrics.items():
+            self.metrics.setdefault(key, []).append(float(value))
+            self.steps.setdefault(key, []).append(step)
+
+    def log_histograms(self, counts: dict[str, Tensor], step: int) -> None:
+        self.histograms |= counts
+
+
+def test_routing_statistics_of_a_few_batches() -> None:
+    model, recorder = module(), Recorder()
+    with torch.no_grad():
+        model.net.first.router.fc.bias.copy_(torch.tensor([0.0, 8.0, -8.0]))
+        model.net.first.router.fc.weight.zero_()
+    model.optimizer = partial(build_optimizer, name="sgd", lr=0.0)
+    fit(model, RoutingStatistics(max_batches=2), logger=recorder)
+    figures = {key: values[-1] for key, values in recorder.metrics.items()}
+    expected = torch.tensor([0.0, 8.0, -8.0]).sigmoid()
+    assert figures["routing/first/mean"] == pytest.approx(expected.mean().item(), rel=1e-4)
+    assert figures["routing/first/saturation"] == pytest.approx(2 / 3)
+    assert figures["routing/first/dead_experts"] == 1 == figures["routing/dead_experts"]
+    share = expected / expected.sum()
+    entropy = -(share * share.log()).sum() / torch.tensor(3.0).log()
+    assert figures["routing/first/entropy"] == pytest.approx(entropy.item(), rel=1e-3)
+    # Two batches of four images, three experts.
+    assert recorder.histograms["routing/first/weights"].sum() == 2 * 4 * 3
+    # On the step of this validation's other figures.
+    assert recorder.steps["routing/first/mean"] == recorder.steps["val/top1"]
+
+
+def test_routing_statistics_leave_no_hooks_and_no_trace_in_static_networks() -> None:
+    model = module()
+    fit(model, RoutingStatistics(max_batches=100), logger=Recorder())
+    assert not model.net.first.router._forward_hooks
+    recorder = Recorder()
+    fit(module(experts=0), RoutingStatistics(), logger=recorder)
+    assert not [key for key in recorder.metrics if key.startswith("routing")]
+    with pytest.raises(ValueError, match="max_batches"):
+        RoutingStatistics(max_batches=0)
+
+
+class SlowImages(Dataset):
+    """Each batch takes 20 ms to arrive."""
+
+    def __len__(self) -> int:
+        return 48
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        time.sleep(0.005)
+        return torch.zeros(3, 8, 8), index % 4
+
+
+def test_throughput_tells_waiting_from_working() -> None:
+    shares, speeds = {}, {}
+    for name, wait_s, work_s in (("waiting", 0.005, 0.0), ("working", 0.0, 0.02)):
+        recorder, speed = Recorder(), Throughput(every_n_steps=4, skip_steps=2)
+
+        class Working(ClassificationModule):
+            def training_step(self, batch: object, batch_idx: int, work_s: float = work_s) -> Tensor:
+                time.sleep(work_s)
+                return super().training_step(batch, batch_idx)
+
+        model = Working(Net(), 4, optimizer=partial(build_optimizer, name="sgd", lr=0.01))
+        data = DataLoader(SlowImages(), batch_size=4) if wait_s else loader(12)
+        options = {"enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False}
+        trainer = pl.Trainer(max_epochs=1, callbacks=[speed], logger=recorder, accelerator="cpu", **options)
+        trainer.fit(model, data)
+        shares[name], speeds[name] = speed.data_wait, speed.images_per_second
+        assert recorder.metrics["speed/data_wait"][-1] == speed.data_wait
+        assert recorder.metrics["speed/step_time_ms"][-1] > 15
+        assert len(recorder.metrics["speed/images_per_second"]) == 3  # 10 steps count: 4, 4 and 2
+    assert shares["waiting"] > 0.5 > shares["working"], shares
+    assert all(0 < value < 4 / 0.015 for value in speeds.values()), speeds
+
+
+def test_evaluation_speed_counts_every_image_once() -> None:
+    speed = EvaluationSpeed()
+    trainer = pl.Trainer(callbacks=[speed], logger=False, accelerator="cpu", enable_progress_bar=False)
+    start = time.perf_counter()
+    trainer.test(module(), loader(10), verbose=False)
+    assert speed._images == 9 * 4  # the first batch is the warm-up
+    assert speed.images_per_second > 36 / (time.perf_counter() - start)
+
+
+def test_the_table_shows_and_logs_what_the_network_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    recorder = Recorder()
+    fit(module(), ModelTable(8, title="small"), logger=recorder)
+    params = sum(p.numel() for p in Net().parameters())
+    assert recorder.metrics["model/params"] == [params]
+    # 6 x 6 positions of 8 kernels of 27 weights, 3 experts mixed, router 3 -> 3, classifier 8 -> 4.
+    assert recorder.metrics["model/madds"] == [36 * 216 + 3 * 224 + 9 + 32]
+    assert recorder.metrics["model/static_madds"] == [36 * 216 + 32]
+    shown = capsys.readouterr().out
+    assert "small, input 3x8x8" in shown and "classifier" in shown and "MADDs" in shown
+    fit(module(), ModelTable(8, layers=True))
+    assert "first.router" in capsys.readouterr().out
+
+
+def test_one_line_for_each_epoch(capsys: pytest.CaptureFixture[str]) -> None:
+    fit(module(), EpochLines(), max_epochs=2, enable_progress_bar=True)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    assert [line.split()[1] for line in lines] == ["1/2", "2/2"]
+    assert "val/top1" in lines[0] and "train/loss" in lines[0]
+
+
+def test_checkpoints_carry_the_config(tmp_path: Path) -> None:
+    trainer = fit(module(), SavedConfig({"seed": 3, "model": {"name": "x"}}))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["config"] == {"seed": 3, "model": {"name": "x"}}
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_metrics_of_a_step_share_a_line_and_columns_grow(tmp_path: Path) -> None:
+    logger = MetricsCsv(tmp_path / "run")
+    logger.log_metrics({"loss": torch.tensor(2.5)}, step=0)
+    logger.log_metrics({"lr": 0.1}, step=0)
+    logger.save()
+    logger.log_metrics({"loss": 2.0}, step=1)
+    logger.log_metrics({"top1": 0.5}, step=2)
+    assert len(read(logger.path)) == 2  # all but the last step are on disk already
+    logger.finalize("success")
+    assert read(logger.path) == [
+        {"step": "0", "loss": "2.5", "lr": "0.1", "top1": ""},
+        {"step": "1", "loss": "2.0", "lr": "", "top1": ""},
+        {"step": "2", "loss": "", "lr": "", "top1": "0.5"},
+    ]
+    assert not list(logger.folder.glob("*.tmp"))
+
+
+def test_a_resumed_run_keeps_its_metrics(tmp_path: Path) -> None:
+    for step, metrics in enumerate(({"loss": 1.0}, {"lr": 0.1, "loss": 0.5})):
+        logger = MetricsCsv(tmp_path)
+        logger.log_metrics(metrics, step=step)
+        logger.finalize("success")
+    rows = [(row["step"], row["loss"], row["lr"]) for row in read(logger.path)]
+    assert rows == [
+        ("0", "1.0", ""),
+        ("1", "0.5", "0.1"),
+    ]
+
+
+def test_wandb_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    assert choose_mode("offline") == ("offline", None)
+    assert choose_mode("online") == ("online", None)
+    assert choose_mode("auto") == ("offline", None)  # WANDB_MODE of conftest.py
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setattr("models.loggers.find_api_key", lambda: None)
+    mode, reason = choose_mode("auto")
+    assert mode == "offline" and "wandb login" in reason
+    monkeypatch.setattr("models.loggers.find_api_key", lambda: "x" * 40)
+    monkeypatch.setattr("models.loggers._reachable", lambda host, port: False)
+    mode, reason = choose_mode("auto")
+    assert mode == "offline" and "no connection to api.wandb.ai" in reason
+    monkeypatch.setattr("models.loggers._reachable", lambda host, port: True)
+    assert choose_mode("auto") == ("online", None)
+    with pytest.raises(ValueError, match=r"logger\.wandb\.mode=on"):
+        WandbRun(".", mode="on")
+
+
+def test_wandb_falls_back_when_the_server_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logged in, reachable, and still no run: training goes on offline, with the same id after a resume."""
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setattr("models.loggers.choose_mode", lambda wanted: ("online", None))
+    real = wandb.init
+
+    def init(mode: str, **options: object) -> object:
+        if mode == "online":
+            raise wandb.errors.CommError("server error 500")
+        return real(mode=mode, **options)
+
+    monkeypatch.setattr(wandb, "init", init)
+    ids = []
+    for _ in range(2):
+        logger = WandbRun(tmp_path)
+        logger.log_metrics({"loss": 1.0}, step=0)
+        logger.log_histograms({"routing/a/weights": torch.tensor([1, 2, 3])}, step=0)
+        ids.append(logger.experiment.id)
+        assert str(tmp_path) in logger.place()
+        logger.finish()
+        assert wandb.run is None
+    assert ids[0] == ids[1]

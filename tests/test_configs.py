@@ -1,0 +1,126 @@
+"""Every config of every group composes, resolves and builds on a machine without a GPU."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_class, get_method
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from configs.resolvers import calc
+from models import list_backbones
+from train import register_resolvers
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+GROUPS = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir() and not path.name.startswith("_"))
+# What a user has to give, and what eval.py alone uses.
+REQUIRED = {"data.root": "/images", "model.arch": "resnet18"}
+FOR_EVAL = {"data/as_trained"}
+
+register_resolvers()
+
+
+def choices(group: str) -> list[str]:
+    """Names of the configs of a group, those in subfolders included."""
+    return sorted(str(path.relative_to(CONFIGS / group).with_suffix("")) for path in (CONFIGS / group).rglob("*.yaml"))
+
+
+ALL = [f"{group}/{name}" for group in GROUPS for name in choices(group)]
+
+
+def compose_config(*overrides: str, name: str = "train") -> DictConfig:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose(name, overrides=list(overrides), return_hydra_config=True)
+
+
+def targets(node: object) -> list[str]:
+    if isinstance(node, dict):
+        own = [node["_target_"]] if isinstance(node.get("_target_"), str) else []
+        return own + [target for value in node.values() for target in targets(value)]
+    return [target for value in node for target in targets(value)] if isinstance(node, list) else []
+
+
+@pytest.mark.parametrize("config", [name for name in ALL if name not in FOR_EVAL and not name.startswith("hydra/")])
+def test_every_config_composes_and_resolves(config: str) -> None:
+    group, _, name = config.partition("/")
+    cfg = compose_config(f"{group}={name}")
+    del cfg.hydra
+    for key in OmegaConf.missing_keys(cfg):
+        assert key in REQUIRED, f"{config} leaves {key} open"
+        OmegaConf.update(cfg, key, REQUIRED[key])
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    for target in targets(plain):
+        get_method(target) if target.rpartition(".")[2].islower() else get_class(target)
+
+
+def test_eval_config_composes_and_needs_only_a_checkpoint() -> None:
+    cfg = compose_config(name="eval")
+    del cfg.hydra
+    assert OmegaConf.missing_keys(cfg) == {"ckpt"}
+
+
+def test_every_backbone_has_a_config() -> None:
+    assert set(choices("model")) == {*list_backbones(), "timm"}
+
+
+def test_the_command_of_the_readme() -> None:
+    cfg = compose_config("model=efficientnet_b0", "condconv.experts=8")
+    assert cfg.model.name == "efficientnet_b0" and cfg.condconv.experts == 8
+    assert cfg.data._target_ == "data.digits.DigitsDataModule" and cfg.data.image_size == 32
+
+
+@pytest.mark.parametrize("typo", ["condconv.expert=4", "trainer.max_epoch=3", "data.batchsize=3", "sed=1"])
+def test_a_typo_is_an_error(typo: str) -> None:
+    with pytest.raises(Exception, match="Could not override"):
+        compose_config(typo)
+
+
+def test_only_paths_and_data_hold_paths() -> None:
+    """Elsewhere a path is an interpolation of them."""
+    pathlike = re.compile(r"(^|[\s\"'=])(\.{0,2}/\w|~/|[A-Za-z]:\\)")
+    for config in ALL:
+        if config.split("/")[0] in ("paths", "data", "hydra", "experiment"):
+            continue
+        for line in (CONFIGS / f"{config}.yaml").read_text().splitlines():
+            code = line.split(" #")[0]
+            if code.lstrip().startswith(("#", "- override /")):
+                continue
+            assert not pathlike.search(code), f"{config}: {line}"
+
+
+@pytest.mark.parametrize("group", ["callbacks", "logger", "trainer", "model", "data"])
+def test_no_path_of_a_machine_or_secret_in_a_config(group: str) -> None:
+    for name in choices(group):
+        text = (CONFIGS / group / f"{name}.yaml").read_text()
+        assert yaml.safe_load(text) is not None
+        assert not re.search(r"(api_?key|token|password):", text)
+
+
+def test_learning_rates_are_scaled_by_the_global_batch() -> None:
+    plain = compose_config("optim=rmsprop", "data.batch_size_per_device=256")
+    assert plain.batch_size == 256 and plain.optim.optimizer.lr == pytest.approx(0.016)
+    scaled = compose_config(
+        "optim=rmsprop", "data.batch_size_per_device=128", "trainer.devices=8", "trainer.accumulate_grad_batches=2"
+    )
+    assert scaled.batch_size == 2048 and scaled.optim.optimizer.lr == pytest.approx(0.016 * 2048 / 256)
+    assert compose_config("optim.lr=0.5").optim.optimizer.lr == 0.5
+
+
+def test_calc_is_arithmetic_and_nothing_else() -> None:
+    assert calc("0.016 * 2048 / 256") == pytest.approx(0.128)
+    assert calc("-(2 + 3) // 2") == -3 and isinstance(calc("64 * 2"), int)
+    for evil in ("__import__('os')", "2 ** 9", "a + 1", "1 if 2 else 3", "'a' * 3", "True + 1", "1 +", "1 / 0"):
+        with pytest.raises(ValueError, match="calc"):
+            calc(evil)
+
+
+def test_an_unresolvable_reference_is_an_error() -> None:
+    cfg = compose_config()
+    OmegaConf.update(cfg, "optim.lr", "${no.such.key}")
+    with pytest.raises(OmegaConfBaseException):
+        OmegaConf.to_container(cfg.optim, resolve=True)
