@@ -136,10 +136,10 @@ def print_training_results(trainer: Trainer, figures: Mapping[str, float], folde
     final = "test" if any(key.startswith("test") for key in figures) else "val"
     rows: dict[str, Any] = {key: value for key, value in figures.items() if key.startswith(final)}
     places: dict[str, Any] = {"run": folder}
-    saver = trainer.checkpoint_callback
-    if isinstance(saver, ModelCheckpoint):
-        places["last checkpoint"] = saver.last_model_path
-        if saver.best_model_score is not None:
+    for saver in (each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)):
+        if saver.monitor is None:
+            places["last checkpoint"] = saver.best_model_path
+        elif saver.best_model_score is not None:
             rows[f"best {saver.monitor}"] = float(saver.best_model_score)
             places["best checkpoint"] = saver.best_model_path
     rows["trained"] = f"{trainer.current_epoch} epochs, {trainer.global_step} steps, {seconds:.0f} s"
