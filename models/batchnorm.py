@@ -8,13 +8,12 @@ Lightning's `sync_batchnorm=True` must not be used with timm networks: it replac
 the activation, by a layer without one.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from timm.layers import SyncBatchNormAct
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 
 def configure_batchnorm(net: nn.Module, momentum: float | None = None, eps: float | None = None) -> None:
@@ -117,6 +116,23 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         return _activate(self, torch.cat(outputs))
 
 
+class _GroupSum(torch.autograd.Function):
+    """Sum over the processes of a group; the gradient of each process's part is the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        total = x.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        total = gradient.clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
 class SyncedBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm with statistics over a group of processes, on any device and backend; made by `group_batchnorm`.
 
@@ -131,11 +147,11 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
             return _activate(self, super().forward(x))
         x32 = x.float()
         count = torch.full((1,), x.numel() / x.shape[1], device=x.device)
-        total = all_reduce(torch.cat([x32.sum((0, 2, 3)), count]), group=self.process_group)
+        total = _GroupSum.apply(torch.cat([x32.sum((0, 2, 3)), count]), self.process_group)
         count = total[-1].detach()
         mean = total[:-1] / count
         centred = x32 - mean[:, None, None]
-        variance = all_reduce(centred.square().sum((0, 2, 3)), group=self.process_group) / count
+        variance = _GroupSum.apply(centred.square().sum((0, 2, 3)), self.process_group) / count
         scale = self.weight * torch.rsqrt(variance + self.eps)
         y = centred * scale[:, None, None] + self.bias[:, None, None]
         with torch.no_grad():
