@@ -100,7 +100,7 @@ def create_model(
         in_chans: channels of the images.
         arch: for name="timm": timm's name of the network.
         pattern: for name="timm": patterns of the blocks to convert (`condconv.patterns`), all convolutions and linear
-            layers in them, e.g. "stages.3.*"; each match gets one router. May be left out with classifier=True.
+            layers in them, e.g. "stages.3.blocks.*"; each match gets one router. May be left out with classifier=True.
         exclude: for name="timm": patterns of the ends of names of layers that stay static.
         timm_options: further arguments for timm's constructor, e.g. {"bn_eps": 1e-3, "pad_type": "same"}.
 
