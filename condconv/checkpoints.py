@@ -2,7 +2,7 @@
 
 timm's CondConv networks (`tf_efficientnet_cc_*`, which hold the authors' trained weights) differ from ours in two ways:
 
-* expert kernels are flat, `[E, K * C/G * R * S]`, where ours are `[E, K, C/G, R, S]`; the order of the values is the same;
+* expert kernels are flat, `[E, K * C/G * R * S]`, where ours are `[E, K, C/G, R, S]`; the order of values is the same;
 * the router of a block is `<block>.routing_fn`, a linear layer; ours is `<block>.router.fc`.
 
 Flat weights exist in this file alone.

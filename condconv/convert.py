@@ -104,7 +104,7 @@ def convert(
         backend: see `condconv2d`.
         init: "independent", or a function (layer, name) that initialises a static layer in place, see
             `condconv.initializers`. Either way the first expert is the static layer as it was. For trained networks
-            "upcycle", "upcycle_paired" or `Upcycle(noise=...)`: the output stays as it was, see `condconv.upcycle`.
+            "upcycle", "upcycle_neutral" or `Upcycle(noise=...)`: the output stays as it was, see `condconv.upcycle`.
         example_input: one input of the network; a forward pass with it (eval mode, no gradients) tells each block's
             input channels and the order of execution. Without it they follow from the order of registration: a block's
             input channels are those of its first convolution or linear layer.

@@ -77,6 +77,16 @@ def attach(module: nn.Module, unit: RoutingUnit) -> None:
     module.register_forward_hook(_leave, always_call=True)
 
 
+def detach(module: nn.Module) -> None:
+    """Undo `attach`; the router and the layers stay where they are."""
+    del module.routing_unit
+    for hooks, hook in ((module._forward_pre_hooks, _enter), (module._forward_hooks, _leave)):
+        for key in [key for key, registered in hooks.items() if registered is hook]:
+            del hooks[key]  # type: ignore[attr-defined]  # an OrderedDict of either kind of hook
+            for flags in (module._forward_pre_hooks_with_kwargs, module._forward_hooks_always_called):
+                flags.pop(key, None)
+
+
 def is_unit(module: nn.Module) -> bool:
     """Whether `attach` was called on the module (or on what it was copied from)."""
     return isinstance(getattr(module, "routing_unit", None), RoutingUnit)

@@ -7,13 +7,14 @@ The kernel of example x is K(x) = sum_e a_e(x) W_e. It must be the static kernel
 Routing weights of a general router span R^E; then the second condition leaves D = 0, and for a sigmoid, whose weights
 have no constant sum, the first cannot hold either. So the router must start on a smaller set of routing weights:
 
+* "paired", the default: experts in pairs. Sigmoid: the second of a pair gets the negated row, and sigmoid(z) +
+  sigmoid(-z) = 1, so s = E/2 though the routing depends on the input from the first step. The D of a pair must be
+  equal, and sum to zero over the pairs: E/2 - 1 directions. Softmax always sums to s = 1; the two of a pair share their
+  row and D is opposite within the pair: E/2 directions. An odd expert at the end is neutral (sigmoid) or has D = 0.
 * "neutral": zero weights and biases, a_e = 1/2 for a sigmoid (s = E/2), 1/E for softmax (s = 1). D may be anything
-  with sum_e D_e = 0: E - 1 directions of noise. Routing does not depend on the input at first; the gradient of a_e is
-  <dL/dK, W_e>, so the routers' rows separate by the noise, and then the experts by the routers.
-* "paired": experts in pairs. Sigmoid: the second of a pair gets the negated row, and sigmoid(z) + sigmoid(-z) = 1, so
-  again s = E/2 though the routing depends on the input from the first step. The D of a pair must be equal, and sum to
-  zero over the pairs: E/2 - 1 directions. Softmax always sums to 1; the two of a pair share their row and D is opposite
-  within the pair: E/2 directions. Of an odd number the last expert is neutral (sigmoid) or has D = 0 (softmax).
+  with sum_e D_e = 0: E - 1 directions. Routing does not depend on the input at first, so all experts get the same
+  gradients; the gradient of a_e is <dL/dK, W_e>, so the routers' rows part by the noise, and the experts by the
+  routers. Experts part far more slowly than with pairs (tests/condconv/test_upcycle.py).
 
 Both are one formula: the D_e are random numbers, projected onto the complement of the span of all routing weights that
 the router can give. Biases are treated like kernels.
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 from condconv.layers import CondConv2d, CondLinear
 from condconv.routing import FCRouter, Router, SoftmaxRouter
 
-STARTS = ("neutral", "paired")
+STARTS = ("paired", "neutral")
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,14 @@ class Upcycle:
     Args:
         noise: RMS of an expert's deviation from its share of the static kernel, over the RMS of that share. 0 makes all
             experts of a layer equal, and with neutral routers they stay equal.
-        routers: how routers start, "neutral" or "paired", see above.
+        routers: how routers start, "paired" or "neutral", see above.
 
     Raises:
         ValueError: an argument is out of range.
     """
 
     noise: float = 0.1
-    routers: str = "neutral"
+    routers: str = "paired"
 
     def __post_init__(self) -> None:
         if isinstance(self.noise, bool) or not isinstance(self.noise, int | float) or not 0 <= self.noise < 100:
@@ -113,5 +114,5 @@ class Upcycle:
         experts += (noise * scale).to(experts.dtype)
 
 
-UPCYCLES = {"upcycle": Upcycle(), "upcycle_paired": Upcycle(routers="paired")}
+UPCYCLES = {"upcycle": Upcycle(), "upcycle_neutral": Upcycle(routers="neutral")}
 """The rules by name."""

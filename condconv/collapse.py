@@ -1,0 +1,222 @@
+"""Back to a static network: every CondConv layer becomes one kernel, mixed by routing weights that ignore the input.
+
+Let m be the mean of the routing weights a over some images. The kernel of an image differs from the collapsed one by
+sum_e (a_e - m_e) W_e. Its mean square over the images follows from the covariance C of the routing weights and the Gram
+matrix of the experts, G_ef = <W_e, W_f>: it is trace(C G). The root of that over the norm of sum_e m_e W_e is what
+`collapse` reports as the cost of a layer: 0 is exact, 1 drops as much as it keeps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from condconv.layers import CondConv2d, CondLinear
+from condconv.padding import Conv2dSameTF
+from condconv.sharing import RoutingUnit, detach, is_unit
+
+CondLayer = CondConv2d | CondLinear
+
+
+class RoutingMoments:
+    """Mean `[E]` and covariance `[E, E]` of the routing weights that one layer got, in float64 on the CPU."""
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_examples = 0
+        self._sum = torch.zeros(num_experts, dtype=torch.float64)
+        self._products = torch.zeros(num_experts, num_experts, dtype=torch.float64)
+
+    def update(self, routing_NE: Tensor) -> None:
+        """Take in the routing weights of a batch."""
+        routing = routing_NE.detach().double().cpu()
+        self.num_examples += len(routing)
+        self._sum += routing.sum(0)
+        self._products += routing.T @ routing
+
+    @property
+    def mean(self) -> Tensor:
+        return self._sum / self.num_examples
+
+    @property
+    def covariance(self) -> Tensor:
+        return self._products / self.num_examples - torch.outer(self.mean, self.mean)
+
+
+@dataclass(frozen=True)
+class CollapsedLayer:
+    """A layer that became static: its routing weights and its cost (None where the routing weights were given)."""
+
+    name: str
+    routing: tuple[float, ...]
+    cost: float | None
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """What `collapse` did; `str()` is a table with a line per layer."""
+
+    layers: tuple[CollapsedLayer, ...]
+
+    @property
+    def exact(self) -> bool:
+        """Whether routing was the same for all images seen: the static network computes the same for them."""
+        return all(layer.cost is not None and layer.cost < 1e-5 for layer in self.layers)
+
+    def __str__(self) -> str:
+        width = max(len(layer.name) for layer in self.layers)
+        lines = [
+            f"{len(self.layers)} CondConv layers became static. Relative change of their kernels, RMS over images:"
+        ]
+        for layer in self.layers:
+            cost = "not measured" if layer.cost is None else f"{layer.cost:.3g}"
+            lines.append(f"  {layer.name.ljust(width)}  {cost}")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def routing_moments(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, RoutingMoments]:
+    """Mean and covariance of the routing weights of every CondConv layer, by its name.
+
+    Args:
+        model: a network with CondConv layers; it runs in eval mode, and its modes are put back.
+        batches: inputs of the network.
+
+    Raises:
+        ValueError: there is no CondConv layer, or one that the batches did not reach.
+    """
+    layers = _cond_layers(model)
+    moments = {name: RoutingMoments(layer.num_experts) for name, layer in layers.items()}
+    by_layer = {layer: moments[name] for name, layer in layers.items()}
+
+    def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert isinstance(layer, CondConv2d | CondLinear)
+        x = args[0]
+        channels_second = x if isinstance(layer, CondConv2d) or x.dim() == 2 else x.movedim(-1, 1)
+        given = args[1] if len(args) > 1 else kwargs.get("routing_weights")
+        by_layer[layer].update(layer._routing_weights(channels_second, given))
+
+    handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers.values()]
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        for batch in batches:
+            model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    missed = [name for name, moment in moments.items() if not moment.num_examples]
+    if missed:
+        raise ValueError(f"no routing weights were seen for {', '.join(missed)}: give a batch that reaches them")
+    return moments
+
+
+Routing = Tensor | RoutingMoments
+
+
+@torch.no_grad()
+def collapse(model: nn.Module, routing: Routing | Mapping[str, Routing]) -> Collapse:
+    """Replace every CondConv layer of `model` by a static one, in place, and take the routers out.
+
+    Args:
+        model: a network with CondConv layers.
+        routing: what to mix experts by: routing weights `[E]` for all layers, or for each layer by its name; or
+            `routing_moments(model, batches)`, whose means are taken and whose covariances tell the cost.
+
+    Returns:
+        The layers with their routing weights and cost; `print` it.
+
+    Raises:
+        ValueError: no CondConv layer, a layer without routing weights, or weights of another number of experts. The
+            network is then unchanged.
+    """
+    layers = _cond_layers(model)
+    chosen: dict[str, Routing] = {}
+    for name, layer in layers.items():
+        if isinstance(routing, Mapping):
+            if name not in routing:
+                raise ValueError(f"no routing weights are given for {name}")
+            chosen[name] = routing[name]
+        else:
+            chosen[name] = routing
+        shape = tuple(_mean(chosen[name]).shape)
+        if shape != (layer.num_experts,):
+            raise ValueError(f"{name} has {layer.num_experts} experts, its routing weights the shape {shape}")
+    report = tuple(
+        CollapsedLayer(name, tuple(_mean(weights).tolist()), _cost(layers[name], weights))
+        for name, weights in chosen.items()
+    )
+    replacements = {name: _static(layers[name], _mean(weights)) for name, weights in chosen.items()}
+    _remove_routers(model)
+    for name, replacement in replacements.items():
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, replacement)
+    return Collapse(report)
+
+
+def _cond_layers(model: nn.Module) -> dict[str, CondLayer]:
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, CondConv2d | CondLinear)}
+    if not layers:
+        raise ValueError("the network has no CondConv layer")
+    if "" in layers:
+        raise ValueError("a lone layer cannot be replaced in place: put it into an nn.Sequential")
+    return layers
+
+
+def _mean(routing: Routing) -> Tensor:
+    return routing if isinstance(routing, Tensor) else routing.mean
+
+
+def _mixed(experts: Tensor, routing_E: Tensor) -> Tensor:
+    mixed = torch.tensordot(routing_E.to(experts.device, torch.float64), experts.double(), 1)
+    return mixed.to(experts.dtype)
+
+
+def _cost(layer: CondLayer, routing: Routing) -> float | None:
+    if isinstance(routing, Tensor):
+        return None
+    experts = torch.cat([p.double().flatten(1) for p in layer.parameters(recurse=False)], dim=1).cpu()
+    gram = experts @ experts.T
+    kept = float(routing.mean @ gram @ routing.mean)
+    dropped = max(0.0, float((routing.covariance * gram).sum()))
+    return math.sqrt(dropped / kept) if kept > 0.0 else math.inf if dropped > 0.0 else 0.0
+
+
+def _static(layer: CondLayer, routing_E: Tensor) -> nn.Module:
+    """The static layer with the mixed kernel; dtype, device, mode and frozen parameters are kept."""
+    options: dict[str, Any] = {
+        "bias": layer.bias is not None,
+        "device": layer.weight.device,
+        "dtype": layer.weight.dtype,
+    }
+    static: nn.Module
+    if isinstance(layer, CondLinear):
+        static = nn.utils.skip_init(nn.Linear, layer.in_features, layer.out_features, **options)
+    else:
+        for attribute in ("kernel_size", "stride", "dilation", "groups", "padding_mode"):
+            options[attribute] = getattr(layer, attribute)
+        same = layer.padding == "same_tf"
+        cls = Conv2dSameTF if same else nn.Conv2d
+        options["padding"] = 0 if same else layer.padding
+        static = nn.utils.skip_init(cls, layer.in_channels, layer.out_channels, **options)
+    for name, experts in layer.named_parameters(recurse=False):
+        parameter = getattr(static, name)
+        parameter.copy_(_mixed(experts, routing_E))
+        parameter.requires_grad_(experts.requires_grad)
+    return static.train(layer.training)
+
+
+def _remove_routers(model: nn.Module) -> None:
+    for module in [module for module in model.modules() if is_unit(module)]:
+        unit = module.routing_unit
+        assert isinstance(unit, RoutingUnit)
+        detach(module)
+        if unit.router is not None:
+            owner, _, attribute = unit.router.rpartition(".")
+            delattr(module.get_submodule(owner), attribute)
