@@ -11,6 +11,7 @@ from condconv.functional import cond_linear, condconv2d
 from condconv.layers import CondConv2d, CondLinear
 from condconv.ops.registry import list_backends
 from condconv.routing import ROUTINGS, Router, build_router
+from condconv.tuning import autotune, explain
 
 __version__ = "0.1.0"
 
@@ -19,10 +20,12 @@ __all__ = [
     "CondConv2d",
     "CondLinear",
     "Router",
+    "autotune",
     "build_router",
     "complexity",
     "cond_linear",
     "condconv2d",
     "convert",
+    "explain",
     "list_backends",
 ]

@@ -1,11 +1,19 @@
-"""Which backend runs a layer when the user says "auto": one decision, callable, printable, with its reason."""
+"""Which backend runs a layer when the user says "auto": the measured one if there is one, else one by rule.
+
+The rule knows two facts. Kernel mixing moves N x P numbers and costs E multiply-adds for each; running every expert
+costs E convolutions. So on maps of few positions the mixture form is cheaper, on larger maps mixing first is. The
+thresholds were measured on two CPU cores (benchmarks/results). Nothing has been measured on a GPU yet, so there the
+rule never names a Triton kernel: batched matrix products, the mixture form and grouped convolution are its candidates.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple
 
-from condconv.ops.spec import Problem
+from condconv.ops.spec import Problem, live_taps
 
 
 class Choice(NamedTuple):
@@ -15,13 +23,56 @@ class Choice(NamedTuple):
     reason: str
 
 
-@lru_cache(maxsize=4096)
+_measured: dict[Problem, str] = {}
+_recorders: list[list[Problem]] = []
+
+
 def choose(problem: Problem) -> Choice:
-    """The backend for a problem, by rule."""
+    """The backend for a problem: the fastest one measured by `condconv.autotune`, else what the rule says."""
+    for recorder in _recorders:
+        recorder.append(problem)
+    if problem in _measured:
+        return Choice(_measured[problem], "measured by autotune")
+    return rule(problem)
+
+
+@lru_cache(maxsize=4096)
+def rule(problem: Problem) -> Choice:
+    """The backend for a problem when nothing was measured."""
+    positions = problem.positions
     if problem.is_depthwise:
-        return Choice("depthwise", "depthwise layer")
-    if problem.positions <= 2:
-        return Choice("mixture", "few positions")
+        return Choice("depthwise", "depthwise: the batch folds into the channels")
+    taps_R, taps_S = live_taps(problem.size_HW, problem.kernel_RS, problem.spec)
+    live_RS = (taps_R.stop - taps_R.start, taps_S.stop - taps_S.start)
+    spec = problem.spec._replace(padding=(taps_R.padding, taps_S.padding))
     if problem.spec.groups > 1:
-        return Choice("grouped", "groups")
-    return Choice("gemm", "default")
+        return Choice("grouped", "grouped: the batch folds into the groups")
+    pointwise = spec.is_pointwise(live_RS)
+    if pointwise and positions == 1:
+        return Choice("mixture", "one position: mixing kernels would cost as much as running all experts, and memory")
+    if pointwise and positions <= 4 and problem.batch >= 2 * problem.experts:
+        return Choice(
+            "mixture", f"{positions} positions, batch {problem.batch}: all experts run at the speed of large matrices"
+        )
+    return Choice("gemm", f"{positions} positions: mix kernels, then batched matrix products")
+
+
+def remember(problem: Problem, backend: str) -> None:
+    """Let `choose` answer with this backend from now on."""
+    _measured[problem] = backend
+
+
+def forget() -> None:
+    """Forget all measurements: `choose` goes by rule again."""
+    _measured.clear()
+
+
+@contextmanager
+def recording() -> Iterator[list[Problem]]:
+    """Collect the problems that `choose` is asked about."""
+    problems: list[Problem] = []
+    _recorders.append(problems)
+    try:
+        yield problems
+    finally:
+        _recorders.remove(problems)

@@ -1,5 +1,4 @@
-"""Mix kernels, then convolve: the batch in chunks, the mixed kernels in a small workspace, nothing kept for the
-backward.
+"""Mix kernels, then convolve: in chunks, with a small workspace, and nothing kept for the backward.
 
 Mathematics, for example n: `W_n = sum_e a_ne W_e`, `y_n = W_n * x_n`. Backward, with `dW_n` the kernel gradient of
 example n: `dx_n = W_n^T * dy_n`, `da_ne = <dW_n, W_e>`, `dW_e = sum_n a_ne dW_n`.
@@ -28,9 +27,7 @@ centre GPU."""
 
 
 class PerExampleConv(NamedTuple):
-    """How examples are convolved with kernels of their own, `kernel_NKCRS` (K may be a tile of the layer's output
-    channels).
-    """
+    """How examples are convolved with kernels of their own; K may be a tile of the layer's output channels."""
 
     forward: Callable[[Tensor, Tensor, ConvSpec], Tensor]
     """(x_NCHW, kernel_NKCRS, spec) -> y_NKPQ"""
@@ -46,8 +43,9 @@ class _Tile(NamedTuple):
 
 
 class _Workspace(threading.local):
-    """One buffer per thread, dtype and use, kept between calls: fresh memory of this size costs more in page faults
-    than in work.
+    """One buffer per thread, dtype and use, kept between calls.
+
+    Fresh memory of this size costs more in page faults than the work that is done in it.
     """
 
     def __init__(self) -> None:
@@ -72,9 +70,9 @@ _workspace = _Workspace()
 def plan_tiles(
     batch: int, out_channels: int, weights_per_channel: int, groups: int, itemsize: int, budget_bytes: int
 ) -> list[_Tile]:
-    """Tiles of (examples, output channels) whose mixed kernels fit in the budget; at least one example and 32
-    channels each.
+    """Tiles of (examples, output channels) whose mixed kernels fit in the budget.
 
+    Each holds at least one example and 32 output channels.
     Output channels are split first, and only without groups; what is then still too large is split over examples.
     """
     budget = max(1, budget_bytes // itemsize)
@@ -125,7 +123,12 @@ class _Mixer:
         """Reduce a tile's kernel gradients onto the routing weights and onto the experts."""
         grad_nm = grad_kernel_NKCRS.reshape(grad_kernel_NKCRS.shape[0], -1).to(self.dtype)
         if grad_routing_NE is not None:
-            grad_routing_NE[tile.examples].addmm_(grad_nm, self.experts(tile).T)
+            weight_Em = self.experts(tile)
+            # The long dimension is summed over; libraries are up to twice as fast with the smaller matrix on the left.
+            if weight_Em.shape[0] < grad_nm.shape[0]:
+                grad_routing_NE[tile.examples] += torch.mm(weight_Em, grad_nm.T).T
+            else:
+                grad_routing_NE[tile.examples].addmm_(grad_nm, weight_Em.T)
         if grad_weight_EM is not None:
             target_Em = grad_weight_EM[:, self._columns(tile)]
             routing_En = self.routing_NE[tile.examples].T

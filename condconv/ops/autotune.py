@@ -1,0 +1,129 @@
+"""Measure which backend is fastest for a problem, and keep the answer on disk with what it holds for."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from condconv.ops.registry import BACKENDS, Backend
+from condconv.ops.spec import Problem
+
+SKIP_SLOWER_THAN = 4.0
+"""A candidate whose first run takes this many times the best so far is not timed further."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Times of all candidates for one problem, in milliseconds: forward, and backward too when training."""
+
+    problem: Problem
+    time_ms: dict[str, float]
+
+    @property
+    def backend(self) -> str:
+        """The fastest candidate."""
+        return min(self.time_ms, key=lambda name: self.time_ms[name])
+
+
+def default_cache() -> Path:
+    """Where measurements are kept: the user's cache folder."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "condconv" / "autotune.json"
+
+
+def environment(device: str) -> str:
+    """What a measurement holds for: versions, the device and its threads."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        name = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    return f"torch {torch.__version__}, {name}"
+
+
+def candidates(problem: Problem) -> list[Backend]:
+    """The backends that can run a problem."""
+    return [backend for backend in BACKENDS.values() if backend.supports(problem) is None]
+
+
+def measure(problem: Problem, repeats: int = 5) -> Measurement:
+    """Time every candidate on random tensors of the problem's shapes: medians of `repeats` runs after a first."""
+    time_ms: dict[str, float] = {}
+    for backend in candidates(problem):
+        run = _workload(backend, problem)
+        run()
+        first = _time_ms(run, problem.device)
+        if first > SKIP_SLOWER_THAN * min(time_ms.values(), default=first):
+            time_ms[backend.name] = first
+            continue
+        time_ms[backend.name] = statistics.median([first, *(_time_ms(run, problem.device) for _ in range(repeats - 1))])
+    return Measurement(problem, time_ms)
+
+
+def _workload(backend: Backend, problem: Problem) -> Callable[[], object]:
+    device, batch = problem.device, problem.batch
+    format_ = torch.channels_last if problem.channels_last else torch.contiguous_format
+    x = torch.randn(batch, problem.in_channels, *problem.size_HW, device=device, dtype=problem.dtype)
+    x = x.contiguous(memory_format=format_)
+    weight_shape = (problem.experts, problem.out_channels, problem.in_channels // problem.spec.groups)
+    weight = torch.randn(*weight_shape, *problem.kernel_RS, device=device, dtype=problem.weight_dtype)
+    routing = torch.rand(batch, problem.experts, device=device)
+    grad_y = torch.randn(batch, problem.out_channels, *problem.output_PQ, device=device, dtype=problem.dtype)
+    grad_y = grad_y.contiguous(memory_format=format_)
+
+    def run() -> None:
+        backend.forward(x, routing, weight, problem.spec, 0)
+        if problem.training:
+            backend.backward(grad_y, x, routing, weight, problem.spec, (True, True, True), 0)
+
+    return run
+
+
+def _time_ms(run: Callable[[], object], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3
+
+
+def load_cache(path: Path, device: str) -> dict[str, dict[str, float]]:
+    """Times by problem for this environment; empty when there is no file, with a warning when it cannot be read."""
+    if not path.exists():
+        return {}
+    try:
+        entries = json.loads(path.read_text())[environment(device)]
+        return {str(problem): {str(k): float(v) for k, v in times.items()} for problem, times in entries.items()}
+    except KeyError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        warnings.warn(f"The autotune cache {path} cannot be read ({error}): measuring anew.", stacklevel=2)
+        return {}
+
+
+def save_cache(path: Path, device: str, measurements: list[Measurement]) -> None:
+    """Add measurements to the file, atomically; a folder that cannot be written is a warning, not the end of a run."""
+    try:
+        everything = json.loads(path.read_text()) if path.exists() else {}
+    except (OSError, ValueError):
+        everything = {}
+    entries = everything.setdefault(environment(device), {})
+    entries.update({str(m.problem): m.time_ms for m in measurements})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(everything, file, indent=1)
+        os.replace(file.name, path)
+    except OSError as error:
+        warnings.warn(f"The autotune cache {path} cannot be written ({error}).", stacklevel=2)
