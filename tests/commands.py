@@ -41,7 +41,7 @@ class Commands:
         self.capsys = capsys
 
     def train(self, *arguments: str) -> Outcome:
-        return self._call(train_module.main, "train", f"paths.outputs={self.outputs}", *arguments)
+        return self._call(train_module.main, "train", *arguments, f"paths.outputs={self.outputs}")
 
     def eval(self, *arguments: str) -> Outcome:
         return self._call(eval_module.main, "eval", *arguments)

@@ -58,9 +58,8 @@ def test_eval_repeats_the_figures_of_training(commands: Commands, tmp_path: Path
     # Other sizes and other data, without retyping the network.
     bigger = commands.eval(f"ckpt={moved}", "data.image_size=64", "data.batch_size_per_device=200")
     assert bigger.code == 0 and figure(bigger.out, "madds") != figure(out, "madds")
-    other = commands.eval(
-        f"ckpt={moved}", "data=synthetic", "data.num_classes=10", "data.image_size=32", "data.num_batches=1"
-    )
+    synthetic = ("data=synthetic", "data.image_size=32", "data.num_batches=1")
+    other = commands.eval(f"ckpt={moved}", *synthetic, "data.num_classes=10")
     assert other.code == 0, other.err
 
     # Data that cannot be meant.
