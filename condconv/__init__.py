@@ -7,7 +7,7 @@ counts parameters and multiply-adds by the paper's rules, `condconv2d` and `cond
 
 from condconv.complexity import complexity
 from condconv.convert import convert
-from condconv.functional import cond_linear, condconv2d
+from condconv.functional import cond_linear, condconv2d, set_debug
 from condconv.layers import CondConv2d, CondLinear
 from condconv.ops.registry import list_backends
 from condconv.routing import ROUTINGS, Router, build_router
@@ -28,4 +28,5 @@ __all__ = [
     "convert",
     "explain",
     "list_backends",
+    "set_debug",
 ]

@@ -13,6 +13,15 @@ from condconv.ops.operator import conv2d
 from condconv.ops.registry import REFERENCE, check_name
 from condconv.ops.spec import ConvSpec, mixing_dtype, without_autocast
 
+_debug = False
+
+
+def set_debug(enabled: bool) -> None:
+    """Check that routing weights are finite at every call. Costs a synchronisation with the GPU; off by default."""
+    global _debug
+    _debug = enabled
+
+
 IntPair = int | tuple[int, int]
 Padding = int | tuple[int, int] | Literal["same", "valid", "same_tf"]
 
@@ -82,6 +91,14 @@ def _check_tensors(x: Tensor, routing: Tensor, weight: Tensor, bias: Tensor | No
             raise ValueError(f"{name} must be floating point, got {tensor.dtype}.")
 
 
+def _check_finite(routing_weights: Tensor) -> None:
+    examples = (~routing_weights.isfinite()).any(dim=1).nonzero().flatten().tolist()
+    if examples:
+        raise ValueError(
+            f"routing_weights of examples {examples[:10]} are not finite: the router or its input diverged."
+        )
+
+
 def _compute_input(x: Tensor, weight: Tensor) -> Tensor:
     """The input in the dtype to compute in: autocast's, else its own, which must then be the weight's."""
     if not x.is_floating_point():
@@ -136,6 +153,8 @@ def condconv2d(
     if not isinstance(workspace_bytes, int) or workspace_bytes < 0:
         raise ValueError(f"workspace_bytes must be an integer >= 0, 0 for an automatic value, got {workspace_bytes!r}.")
     _check_tensors(x, routing_weights, weight, bias, groups)
+    if _debug:
+        _check_finite(routing_weights)
     x = _compute_input(x, weight)
     stride_HW, dilation_HW = _pair(stride, "stride", 1), _pair(dilation, "dilation", 1)
     kernel_RS, size_HW = (weight.shape[3], weight.shape[4]), (x.shape[2], x.shape[3])
@@ -156,7 +175,7 @@ def condconv2d(
         with without_autocast(x.device):
             return reference.condconv2d(x, routing_weights, weight, bias, spec)
     training = torch.is_grad_enabled() and (x.requires_grad or routing_weights.requires_grad or weight.requires_grad)
-    y = conv2d(
+    y: Tensor = conv2d(
         x, routing_weights, weight, stride_HW, spec.padding, dilation_HW, groups, backend, training, workspace_bytes
     )
     return y if bias is None else y + _mix_bias(routing_weights, bias, y.dtype)[:, :, None, None]

@@ -1,4 +1,4 @@
-"""Routing functions: from a layer's input to one weight per example and expert (paper section 3)
+"""Routing functions: from a layer's input to one weight per example and expert (paper section 3).
 
 A router pools its input over space and maps the pooled channels to `[N, E]`. Everything after the pooling runs in
 float32, also under autocast and for half-precision networks: routing weights multiply whole kernels, and a rounded
@@ -150,7 +150,7 @@ class HiddenRouter(FCRouter):
 
     def __init__(self, in_channels: int, num_experts: int, *, width: float = 1.0, **options: Any) -> None:
         super().__init__(in_channels, num_experts, **options)
-        factory = {"device": options.get("device"), "dtype": options.get("dtype")}
+        factory: dict[str, Any] = {"device": options.get("device"), "dtype": options.get("dtype")}
         units = max(1, round(in_channels * width))
         self.hidden = nn.Linear(in_channels, units, **factory)
         self.fc = nn.Linear(units, num_experts, **factory)
@@ -175,7 +175,7 @@ class HierarchicalRouter(FCRouter):
         super().__init__(in_channels, num_experts, **options)
         self.prev_experts = prev_experts
         if prev_experts:
-            factory = {"device": options.get("device"), "dtype": options.get("dtype")}
+            factory: dict[str, Any] = {"device": options.get("device"), "dtype": options.get("dtype")}
             self.fc = nn.Linear(in_channels + prev_experts, num_experts, **factory)
             self.reset_parameters()
 

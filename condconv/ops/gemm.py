@@ -36,13 +36,14 @@ def _rows(tensor_NCHW: Tensor) -> Tensor:
 
 def _unfold(x_NCHW: Tensor, kernel_RS: tuple[int, int], spec: ConvSpec) -> Tensor:
     """Patches `[N, G, C/G*R*S, L]`."""
-    patches = F.unfold(x_NCHW, kernel_RS, spec.dilation, spec.padding, spec.stride)
-    return patches.unflatten(1, (spec.groups, -1))
+    patches: Tensor = F.unfold(x_NCHW, kernel_RS, spec.dilation, spec.padding, spec.stride)
+    return patches.view(patches.shape[0], spec.groups, -1, patches.shape[2])
 
 
 def _matrices(kernel_NKCRS: Tensor, groups: int) -> Tensor:
     """Kernels `[N, G, K/G, C/G*R*S]`."""
-    return kernel_NKCRS.flatten(2).unflatten(1, (groups, -1))
+    batch, out_channels = kernel_NKCRS.shape[:2]
+    return kernel_NKCRS.reshape(batch, groups, out_channels // groups, -1)
 
 
 def _forward(x_NCHW: Tensor, kernel_NKCRS: Tensor, spec: ConvSpec) -> Tensor:

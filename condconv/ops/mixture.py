@@ -37,13 +37,13 @@ def forward(x_NCHW: Tensor, routing_NE: Tensor, weight_EKCRS: Tensor, spec: Conv
         y_NKPQ = y_MK.view(x_NCHW.shape[0], height, width, -1).permute(0, 3, 1, 2)
         return y_NKPQ.contiguous(memory_format=memory_format_of(x_NCHW))
     dtype = mixing_dtype(x_NCHW, routing_NE, weight_EKCRS)
-    y_NKPQ = None
+    sum_NKPQ: Tensor | None = None
     for routing_N, weight_KCRS in zip(routing_NE.to(dtype).unbind(1), weight_EKCRS, strict=True):
         part = F.conv2d(x_NCHW, weight_KCRS.to(x_NCHW.dtype), None, *spec).to(dtype)
         scale = routing_N[:, None, None, None]
-        y_NKPQ = part.mul_(scale) if y_NKPQ is None else y_NKPQ.addcmul_(part, scale)
-    assert y_NKPQ is not None  # there is at least one expert
-    return y_NKPQ.to(x_NCHW.dtype).contiguous(memory_format=memory_format_of(x_NCHW))
+        sum_NKPQ = part.mul_(scale) if sum_NKPQ is None else sum_NKPQ.addcmul_(part, scale)
+    assert sum_NKPQ is not None  # there is at least one expert
+    return sum_NKPQ.to(x_NCHW.dtype).contiguous(memory_format=memory_format_of(x_NCHW))
 
 
 def backward(

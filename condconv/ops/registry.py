@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from condconv.ops import chunked, depthwise, gemm, grouped, mixture, triton
+from condconv.ops import chunked, depthwise, depthwise_sum, gemm, grouped, mixture, triton
 from condconv.ops.spec import Problem
 
 Forward = Callable[..., Tensor]
@@ -39,6 +39,12 @@ _BACKENDS = [
     Backend("mixture", "run every expert, mix the outputs", mixture.supports, mixture.forward, mixture.backward),
     _mix_first("gemm", "mix kernels, batched matrix products", gemm.supports, gemm.CONV),
     _mix_first("depthwise", "mix kernels, one folded depthwise convolution", depthwise.supports, depthwise.CONV),
+    _mix_first(
+        "depthwise_sum",
+        "mix kernels, a depthwise convolution summed in groups",
+        depthwise_sum.supports,
+        depthwise_sum.CONV,
+    ),
     _mix_first("grouped", "mix kernels, one convolution with N * G groups", grouped.supports, grouped.CONV),
     *(Backend(*entry) for entry in triton.ENTRIES),
 ]
