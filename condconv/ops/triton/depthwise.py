@@ -39,7 +39,7 @@ from condconv.ops.triton.launch import (
 )
 from condconv.ops.triton.mix import mix, reduce
 
-CONV_TILES = [(64, 32, 4, 1), (128, 32, 4, 1), (32, 64, 4, 1), (64, 64, 8, 1), (256, 16, 4, 1)]
+CONV_TILES = [(64, 32, 4, 1), (128, 32, 4, 1), (32, 64, 4, 1)]
 GRADIENT_BLOCKS = (64, 32)
 POSITIONS_PER_PROGRAM = 512
 """Of a kernel gradient: 512 positions of 32 channels of x and dy are 64 KiB of half precision, and stay in the L1."""

@@ -1,0 +1,85 @@
+"""The kernels on a real GPU, through the public function, at sizes of real layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from numerics import assert_close
+from oracle import Case, assert_all_close, cotangent, oracle, run
+from torch import Tensor
+
+from condconv.ops.triton import ENTRIES
+
+pytestmark = pytest.mark.gpu
+
+LAYERS = {
+    "triton_pointwise": [
+        Case(kernel=(1, 1), batch=17, channels=80, out_channels=480, size=(14, 14), experts=8),
+        Case(kernel=(1, 1), batch=5, channels=192, out_channels=320, size=(7, 7), experts=8),
+        Case(kernel=(1, 1), batch=3, channels=65, out_channels=130, size=(9, 9), stride=(2, 2)),
+        Case(kernel=(1, 1), batch=33, channels=100, out_channels=70, size=(1, 1), experts=32),
+    ],
+    "triton_depthwise": [
+        Case(
+            channels=672, out_channels=672, groups=672, kernel=(5, 5), padding=(2, 2), size=(14, 14), experts=8, batch=9
+        ),
+        Case(channels=97, out_channels=97, groups=97, padding=(1, 1), stride=(2, 2), size=(35, 35), experts=1),
+        Case(channels=240, out_channels=240, groups=240, padding=(2, 2), dilation=(2, 2), size=(28, 28)),
+    ],
+    "triton_dense": [
+        Case(channels=128, out_channels=128, padding=(1, 1), size=(14, 14), experts=8, batch=9),
+        Case(channels=67, out_channels=65, padding=(1, 1), stride=(2, 2), size=(15, 15)),
+        Case(channels=128, out_channels=256, groups=32, padding=(1, 1), size=(7, 7)),
+    ],
+}
+CASES = [pytest.param(name, made, id=f"{name} {made}") for name, cases in LAYERS.items() for made in cases]
+
+
+def on_gpu(tensors: list[Tensor]) -> list[Tensor]:
+    return [t.cuda() for t in tensors]
+
+
+@pytest.fixture(autouse=True)
+def ieee_products_and_nan_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("channels_last", [True, False], ids=["nhwc", "nchw"])
+@pytest.mark.parametrize(("backend", "made"), CASES)
+def test_matches_oracle(backend: str, made: Case, channels_last: bool, dtype: torch.dtype) -> None:
+    tensors = made.tensors(dtype, channels_last)
+    expected = oracle(tensors, made.spec)
+    for workspace_bytes in (0, 200_000):
+        actual = run(on_gpu(tensors), made.spec, backend, workspace_bytes)
+        assert_all_close(actual, expected, dtype, f"workspace={workspace_bytes}")
+
+
+@pytest.mark.parametrize(("backend", "made"), CASES)
+def test_fused_forms_match_oracle(backend: str, made: Case) -> None:
+    tensors = made.tensors(torch.bfloat16, channels_last=True)
+    y, *gradients = oracle([*tensors[:3], torch.zeros_like(tensors[3])], made.spec)
+    x, routing, weight, _ = on_gpu(tensors)
+    entry = next(e for e in ENTRIES if e.name == backend)
+    options = {} if backend == "triton_dense" else {"fuse_mixing": True}
+    actual = entry.forward(x, routing, weight, made.spec, 0, **options)
+    options = {"fuse_reduction": True} if backend == "triton_pointwise" else options
+    grads = entry.backward(cotangent_like(actual), x, routing, weight, made.spec, (True,) * 3, 0, **options)
+    for name, a, e in zip(("y", "x", "routing", "weight"), (actual, *grads), (y, *gradients), strict=False):
+        assert_close(a, e, name, torch.bfloat16)
+
+
+def cotangent_like(y: Tensor) -> Tensor:
+    return cotangent(y.cpu()).to(y.device)
+
+
+@pytest.mark.parametrize(("backend", "made"), CASES)
+def test_gradients_are_bitwise_reproducible(backend: str, made: Case) -> None:
+    tensors = on_gpu(made.tensors(torch.bfloat16, channels_last=True))
+    first, second = (run(tensors, made.spec, backend) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
