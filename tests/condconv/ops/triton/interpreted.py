@@ -17,6 +17,7 @@ from numerics import assert_close
 from oracle import Case, assert_all_close, cotangent, leaves, oracle, run
 from torch import Tensor
 
+from benchmarks import kernels as benchmark
 from condconv.ops import triton as backends
 from condconv.ops.spec import ConvSpec
 from condconv.ops.triton import dense, depthwise, mix, pointwise, pointwise_gradient, tiles
@@ -247,3 +248,30 @@ def test_offsets_across_examples_are_64_bit(kernels: tiles.Kernels, far_apart: T
     x.zero_()
     kernels.input_gradient(y, kernel, x, call)
     assert_close(x, torch.einsum("nkc,nkhw->nchw", kernel[:, :, 0].double(), y.double()), "gradient of x")
+
+
+TINY = [
+    benchmark.Layer("tiny", "pointwise", 5, 7, 3, experts=2, batch=5),
+    benchmark.Layer("tiny", "depthwise", 5, 5, 3, 2, experts=2, batch=5),
+    benchmark.Layer("tiny", "dense", 3, 5, 3, 2, experts=2, batch=5),
+]
+
+
+@pytest.mark.parametrize("layer", TINY, ids=lambda layer: layer.kind)
+def test_benchmark_times_what_is_right_and_only_that(layer: benchmark.Layer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU's script, on the CPU: the clock is replaced, the gate is real."""
+
+    def once(run: Callable[[], Any]) -> float:
+        run()
+        return 2.0
+
+    monkeypatch.setattr(benchmark, "measure_ms", once)
+    monkeypatch.setattr(benchmark, "GATE_BATCH", 2)
+    rows = benchmark.measure(layer, FP32, True, benchmark.Ceilings(1e9, 1e12), "cpu")
+    assert len(rows) >= 4
+    assert all(row["correct"] and row["share_of_bound"] == row["bound_ms"] / 2 for row in rows)
+    module, forward = benchmark.module_of(layer), benchmark.module_of(layer).forward
+    monkeypatch.setattr(module, "forward", lambda *a, **options: 1.01 * forward(*a, **options))
+    rows = benchmark.measure(layer, FP32, True, benchmark.Ceilings(1e9, 1e12), "cpu")
+    assert not any(row["correct"] or "ms" in row for row in rows)
+    assert "wrong: not timed" in benchmark.markdown({}, rows, [])

@@ -17,7 +17,7 @@ from condconv.ops.triton import ENTRIES, support
 
 ROOT = Path(__file__).resolve().parents[4]
 GROUPS = {
-    "pointwise and mixing": "test_pointwise or test_offsets or test_mixing or test_batch or test_expert",
+    "pointwise and mixing": "test_pointwise or test_offsets or test_mixing or test_batch or test_expert or test_bench",
     "depthwise and dense": "test_depthwise or test_dense or test_options or test_only or test_master or test_nothing",
 }
 
