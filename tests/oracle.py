@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +65,14 @@ class Case(NamedTuple):
 
     def supported_by(self, backend: str, dtype: torch.dtype = torch.float64) -> bool:
         return BACKENDS[backend].supports(self.problem(dtype)) is None
+
+
+def case_for(backend: str, **fields: Any) -> Case:
+    """A layer of four channels that the backend takes: dense, else with two groups, else depthwise."""
+    cases = [Case(channels=4, out_channels=4, groups=groups, **fields) for groups in (1, 2, 4)]
+    if backend not in BACKENDS:
+        return cases[0]
+    return next(case for case in cases if case.supported_by(backend))
 
 
 def leaves(tensors: list[Tensor]) -> list[Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from numerics import assert_close
-from oracle import CPU_BACKENDS, Case, assert_all_close, cotangent, leaves, oracle, run
+from oracle import CPU_BACKENDS, Case, assert_all_close, case_for, cotangent, leaves, oracle, run
 
 from condconv import condconv2d
 from condconv.ops import chunked
@@ -121,6 +121,7 @@ def test_every_backend_meets_every_kind_of_layer_it_should() -> None:
     assert counts["mixture"] == counts["grouped"] == len(ALL)
     assert counts["depthwise"] >= len(DEPTHWISE)
     assert counts["gemm"] >= len(GEOMETRY) + len(GROUPED)
+    assert counts["depthwise_sum"] >= len(GROUPED) + len(DEPTHWISE)
 
 
 TILED = [
@@ -160,7 +161,7 @@ def test_small_workspaces_make_many_tiles() -> None:
 @pytest.mark.parametrize("backend", [*CPU_BACKENDS, "auto", "reference"])
 @pytest.mark.parametrize("kind", ["sliced", "expanded batch", "expanded channels", "transposed map", "strided weight"])
 def test_inputs_that_are_not_dense(backend: str, kind: str) -> None:
-    case = Case(channels=4, out_channels=4, groups=4 if backend == "depthwise" else 1, padding=(1, 1))
+    case = case_for(backend, padding=(1, 1))
     x, routing, weight, bias = case.tensors()
     if kind == "sliced":
         x = torch.randn(6, 9, 7, 14, dtype=torch.float64)[::2, 1:5, :, ::2]
@@ -184,7 +185,7 @@ def test_inputs_that_are_not_dense(backend: str, kind: str) -> None:
 @pytest.mark.parametrize("backend", [*CPU_BACKENDS, "reference"])
 def test_gradient_of_the_output_may_be_expanded_or_in_the_other_layout(backend: str) -> None:
     """`y.sum().backward()` gives a gradient with stride 0 everywhere."""
-    case = Case(channels=4, out_channels=4, groups=4 if backend == "depthwise" else 1)
+    case = case_for(backend)
     for channels_last in LAYOUTS:
         tensors = case.tensors(channels_last=channels_last)
         expected, actual = leaves(tensors), leaves(tensors)

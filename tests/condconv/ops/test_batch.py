@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from numerics import assert_close
-from oracle import CPU_BACKENDS, Case, assert_all_close, oracle, run
+from oracle import CPU_BACKENDS, Case, assert_all_close, case_for, oracle, run
 
 from condconv import cond_linear, condconv2d
 from condconv.ops.operator import conv2d, conv2d_backward
@@ -73,7 +73,7 @@ def test_batches_of_one_concatenated_are_the_batch(backend: str, case: Case) -> 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("backend", [*CPU_BACKENDS, "auto", "reference"])
 def test_no_examples(backend: str, channels_last: bool) -> None:
-    case = LAYERS["depthwise"]._replace(batch=0) if backend == "depthwise" else Case(batch=0)
+    case = case_for(backend, batch=0)
     tensors = case.tensors(channels_last=channels_last)
     results = run(tensors, case.spec, backend)
     assert results[0].shape == (0, case.out_channels, *case.spec.output_size(case.size, case.kernel))

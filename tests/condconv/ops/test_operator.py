@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from numerics import assert_close
-from oracle import CPU_BACKENDS, Case, leaves
+from oracle import CPU_BACKENDS, Case, case_for, leaves
 from torch import Tensor
 
 from condconv import condconv2d
@@ -152,9 +152,8 @@ def test_inference_mode_and_training_take_turns() -> None:
 
 @pytest.mark.parametrize("backend", [*CPU_BACKENDS, "auto"])
 def test_second_order_is_a_clear_error(backend: str) -> None:
-    case = TINY["depthwise"]
+    case = case_for(backend, size=(3, 3))
     x, routing, weight, bias = leaves(case.tensors())
-    backend = backend if backend == "auto" or case.supported_by(backend) else "grouped"
     y = condconv2d(x, routing, weight, bias, *case.spec, backend=backend)
     (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"first-order gradients only.*backend='reference'"):

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from numerics import assert_close
-from oracle import CPU_BACKENDS, Case, assert_all_close, cotangent, leaves, oracle, run
+from oracle import CPU_BACKENDS, Case, assert_all_close, case_for, cotangent, leaves, oracle, run
 
 from condconv import CondConv2d, CondLinear, condconv2d
 
@@ -59,10 +59,10 @@ def test_autocast_keeps_master_copies(backend: str, case: Case, dtype: torch.dty
     assert_all_close(actual, expected, dtype)
 
 
-@pytest.mark.parametrize("backend", ["gemm", "grouped", "depthwise", "reference"])
+@pytest.mark.parametrize("backend", ["reference", *(name for name in CPU_BACKENDS if name != "mixture")])
 def test_kernels_are_mixed_in_float32_under_autocast(backend: str) -> None:
     """Two experts that nearly cancel: mixed in bfloat16 nothing of the kernel would be left."""
-    case = Case(channels=3, out_channels=3, groups=3 if backend == "depthwise" else 1, experts=2)
+    case = case_for(backend, experts=2)
     x, routing, weight, bias = case.tensors(torch.float32)
     routing, offset = torch.full_like(routing, 0.5), 200.0
     weight[0] += offset
@@ -77,7 +77,7 @@ def test_kernels_are_mixed_in_float32_under_autocast(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", [*CPU_BACKENDS, "auto", "reference"])
 def test_float64_routing_of_float32_tensors(backend: str) -> None:
-    case = Case(channels=5, out_channels=5, groups=5 if backend == "depthwise" else 1)
+    case = case_for(backend)
     x, routing, weight, bias = case.tensors(torch.float32)
     tensors = [x, routing.double() + 1e-9, weight, bias]
     actual = run(tensors, case.spec, backend)
@@ -88,7 +88,7 @@ def test_float64_routing_of_float32_tensors(backend: str) -> None:
 @pytest.mark.parametrize("backend", [*CPU_BACKENDS, "auto"])
 def test_half_precision_routing_is_taken(backend: str) -> None:
     """A router of the user's own may well give bfloat16."""
-    case = Case(channels=5, out_channels=5, groups=5 if backend == "depthwise" else 1)
+    case = case_for(backend)
     x, routing, weight, bias = case.tensors(torch.bfloat16)
     tensors = [x, routing.bfloat16(), weight, bias]
     actual = run(tensors, case.spec, backend)

@@ -20,7 +20,7 @@ DEPTHWISE = Case(channels=5, out_channels=5, groups=5)
 def test_names() -> None:
     assert condconv.list_backends is list_backends
     assert list_backends()[:2] == ["auto", "reference"]
-    assert {"mixture", "gemm", "depthwise", "grouped"} <= set(list_backends())
+    assert {"mixture", "gemm", "depthwise", "depthwise_sum", "grouped"} <= set(list_backends())
     assert len(set(list_backends())) == len(list_backends())
     for key, backend in BACKENDS.items():
         assert key == backend.name
@@ -34,6 +34,7 @@ def test_names() -> None:
         ("grouped", [DENSE, POINTWISE, GROUPED, MULTIPLIER, DEPTHWISE]),
         ("gemm", [DENSE, POINTWISE, GROUPED, MULTIPLIER]),
         ("depthwise", [DEPTHWISE]),
+        ("depthwise_sum", [GROUPED, MULTIPLIER, DEPTHWISE]),
     ],
 )
 def test_what_each_backend_takes(name: str, taken: list[Case]) -> None:
