@@ -6,6 +6,9 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from condconv.ops.spec import Problem
 from condconv.ops.triton import support
 
@@ -21,8 +24,10 @@ class Entry(NamedTuple):
 
 
 def _lazy(module: str, function: str) -> Callable[..., Any]:
-    def call(*args: Any, **options: Any) -> Any:
-        return getattr(import_module(f"condconv.ops.triton.{module}"), function)(*args, **options)
+    def call(first: Tensor, *rest: Any, **options: Any) -> Any:
+        # Triton launches on the current device, whatever device its arguments are on.
+        with torch.cuda.device_of(first):
+            return getattr(import_module(f"condconv.ops.triton.{module}"), function)(first, *rest, **options)
 
     return call
 
