@@ -6,7 +6,7 @@ Letters as in `condconv.ops.spec`; T = R * S taps. Kernels see an activation `t_
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -156,7 +156,9 @@ def empty_output(x_NCHW: Tensor, channels: int, output_PQ: tuple[int, int]) -> T
     return torch.empty(shape, dtype=x_NCHW.dtype, device=x_NCHW.device, memory_format=memory_format_of(x_NCHW))
 
 
-def tile_configs(names: tuple[str, ...], tiles: list[tuple[int, ...]], small: tuple[int, ...]) -> list[triton.Config]:
+def tile_configs(
+    names: tuple[str, ...], tiles: Sequence[tuple[int, ...]], small: tuple[int, ...]
+) -> list[triton.Config]:
     """Candidates for autotuning: block sizes by name, then warps and stages. The interpreter gets one, small."""
     if INTERPRETED.value:
         return [triton.Config(dict(zip(names, small, strict=True)))]

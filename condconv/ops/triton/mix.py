@@ -141,7 +141,7 @@ def _reduce_kernel(
 
 
 def _block_e(num_experts: int) -> int:
-    return max(16, triton.next_power_of_2(num_experts))
+    return max(16, int(triton.next_power_of_2(num_experts)))
 
 
 def mix(routing_nE: Tensor, weight_Erc: Tensor, kernel_nP: Tensor) -> None:

@@ -282,7 +282,9 @@ def expert_gradients(
 
     The batch is divided among programs only as far as needed for `min_programs` of them (0: twice the multiprocessors).
     """
-    if not (need_routing or need_weight) or tiles.is_empty(x_NCHW, weight_EKCRS, tuple(grad_y_NKPQ.shape[2:])):
+    if not (need_routing or need_weight) or tiles.is_empty(
+        x_NCHW, weight_EKCRS, (grad_y_NKPQ.shape[2], grad_y_NKPQ.shape[3])
+    ):
         return (
             torch.zeros_like(routing_NE) if need_routing else None,
             torch.zeros_like(weight_EKCRS) if need_weight else None,

@@ -53,12 +53,12 @@ def restore(grad_EKTC: Tensor, weight_EKCRS: Tensor, where: tuple[slice, slice])
     """The gradient in the layout and dtype of the experts, zero for taps that were cropped."""
     kernel_height, kernel_width = weight_EKCRS.shape[3:]
     rows, columns = where[0].stop - where[0].start, where[1].stop - where[1].start
-    grad = grad_EKTC.unflatten(2, (rows, columns)).permute(0, 1, 4, 2, 3)
+    grad: Tensor = grad_EKTC.unflatten(2, (rows, columns)).permute(0, 1, 4, 2, 3)
     full = (rows, columns) == (kernel_height, kernel_width)
     if full and rows * columns == 1:
         return grad.reshape(weight_EKCRS.shape).to(weight_EKCRS.dtype)
-    make = torch.empty if full else torch.zeros
-    grad_EKCRS = make(weight_EKCRS.shape, dtype=weight_EKCRS.dtype, device=weight_EKCRS.device)
+    shape = weight_EKCRS.shape
+    grad_EKCRS = weight_EKCRS.new_empty(shape) if full else weight_EKCRS.new_zeros(shape)
     grad_EKCRS[:, :, :, where[0], where[1]] = grad
     return grad_EKCRS
 
