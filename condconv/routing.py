@@ -173,6 +173,8 @@ class HierarchicalRouter(FCRouter):
 
     def __init__(self, in_channels: int, num_experts: int, *, prev_experts: int = 0, **options: Any) -> None:
         super().__init__(in_channels, num_experts, **options)
+        if not isinstance(prev_experts, int) or prev_experts < 0:
+            raise ValueError(f"prev_experts must be an integer >= 0, got {prev_experts!r}.")
         self.prev_experts = prev_experts
         if prev_experts:
             factory: dict[str, Any] = {"device": options.get("device"), "dtype": options.get("dtype")}
@@ -244,7 +246,7 @@ def build_router(
         dropout: Dropout on single routing weights, see `Router`.
         expert_dropout: Dropout of whole experts, see `Router`.
         temperature: Of the softmax; any other router refuses a value but 1.
-        prev_experts: Experts of the previous block, for "hierarchical".
+        prev_experts: Experts of the previous block, for "hierarchical"; any other router refuses a value but 0.
         device: Of the parameters.
         dtype: Of the parameters; routing is computed in float32 all the same.
 
@@ -259,4 +261,6 @@ def build_router(
         raise ValueError(f"temperature={temperature} is an option of routing 'softmax', not of {name!r}.")
     if name == "hierarchical":
         options["prev_experts"] = prev_experts
+    elif prev_experts:
+        raise ValueError(f"prev_experts={prev_experts} is an option of routing 'hierarchical', not of {name!r}.")
     return _ROUTERS[name](in_channels, num_experts, **options)
