@@ -6,14 +6,14 @@ example n: `dx_n = W_n^T * dy_n`, `da_ne = <dW_n, W_e>`, `dW_e = sum_n a_ne dW_n
 Mixed kernels of a whole batch are N x P numbers (P weights a layer), far more than any cache. So forward and backward
 walk over tiles of (examples, output channels) whose mixed kernels fit in a workspace that stays in the cache and is
 used again for each tile. Tiles prefer few output channels and the whole batch: each expert weight is then read once,
-and its gradient written once. The backward mixes again instead of saving. How one tile is convolved is a
-`PerExampleConv`: three functions, in the files `gemm.py`, `grouped.py` and `depthwise.py`.
+and its gradient written once. The backward mixes again instead of saving. How one tile is convolved is a subclass of
+`PerExampleConv`, in the files `gemm.py`, `grouped.py`, `depthwise.py` and `depthwise_sum.py`.
 """
 
 from __future__ import annotations
 
+import abc
 import threading
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -26,15 +26,36 @@ AUTOMATIC_WORKSPACE_BYTES = {"cpu": 4 << 20, "cuda": 24 << 20}
 centre GPU."""
 
 
-class PerExampleConv(NamedTuple):
-    """How examples are convolved with kernels of their own; K may be a tile of the layer's output channels."""
+class PerExampleConv(abc.ABC):
+    """The convolution of a few examples with kernels of their own; one subclass for each way to compute it.
 
-    forward: Callable[[Tensor, Tensor, ConvSpec], Tensor]
-    """(x_NCHW, kernel_NKCRS, spec) -> y_NKPQ"""
-    input_gradient: Callable[[Tensor, Tensor, Tensor, ConvSpec], Tensor]
-    """(grad_y_NKPQ, x_NCHW, kernel_NKCRS, spec) -> grad_x_NCHW"""
-    kernel_gradient: Callable[[Tensor, Tensor, torch.Size, ConvSpec], Tensor]
-    """(grad_y_NKPQ, x_NCHW, shape of kernel_NKCRS, spec) -> grad_kernel_NKCRS"""
+    An instance serves all tiles of output channels of the same examples, so it may keep what they share.
+
+    Args:
+        x_NCHW: The examples.
+        kernel_RS: Kernel size.
+        spec: Geometry.
+    """
+
+    def __init__(self, x_NCHW: Tensor, kernel_RS: tuple[int, int], spec: ConvSpec) -> None:
+        self.x_NCHW = x_NCHW
+        self.kernel_RS = kernel_RS
+        self.spec = spec
+
+    @abc.abstractmethod
+    def forward(self, kernel_NKCRS: Tensor, y_NKPQ: Tensor) -> None:
+        """Write the output for a tile of output channels; `y_NKPQ` is a view into the layer's output."""
+
+    @abc.abstractmethod
+    def input_gradient(self, grad_y_NKPQ: Tensor, kernel_NKCRS: Tensor, grad_x_NCHW: Tensor, first: bool) -> None:
+        """Write (`first`) or add a tile's part of the input gradient to `grad_x_NCHW`, a view."""
+
+    def finish_input_gradient(self, grad_x_NCHW: Tensor) -> None:  # noqa: B027 - most have nothing left to do
+        """Called after the last tile, for what was not written before."""
+
+    @abc.abstractmethod
+    def kernel_gradient(self, grad_y_NKPQ: Tensor) -> Tensor:
+        """The gradient of a tile's kernels `[N, K, C/G, R, S]`, or any shape of as many elements in that order."""
 
 
 class _Tile(NamedTuple):
@@ -121,7 +142,8 @@ class _Mixer:
         self, tile: _Tile, grad_kernel_NKCRS: Tensor, grad_routing_NE: Tensor | None, grad_weight_EM: Tensor | None
     ) -> None:
         """Reduce a tile's kernel gradients onto the routing weights and onto the experts."""
-        grad_nm = grad_kernel_NKCRS.reshape(grad_kernel_NKCRS.shape[0], -1).to(self.dtype)
+        rows = tile.examples.stop - tile.examples.start
+        grad_nm = grad_kernel_NKCRS.reshape(rows, -1).to(self.dtype)
         if grad_routing_NE is not None:
             weight_Em = self.experts(tile)
             # The long dimension is summed over; libraries are up to twice as fast with the smaller matrix on the left.
@@ -141,29 +163,33 @@ class _Mixer:
 
 
 def forward(
-    conv: PerExampleConv, x_NCHW: Tensor, routing_NE: Tensor, weight_EKCRS: Tensor, spec: ConvSpec, workspace_bytes: int
+    conv: type[PerExampleConv],
+    x_NCHW: Tensor,
+    routing_NE: Tensor,
+    weight_EKCRS: Tensor,
+    spec: ConvSpec,
+    workspace_bytes: int,
 ) -> Tensor:
     """Per-example convolution without bias; see `condconv.functional.condconv2d` for shapes."""
     size_HW = (x_NCHW.shape[2], x_NCHW.shape[3])
     weight_EKCRS, spec, _ = crop_to_live_taps(weight_EKCRS, size_HW, spec)
+    kernel_RS = (weight_EKCRS.shape[3], weight_EKCRS.shape[4])
     mixer = _Mixer(x_NCHW, routing_NE, weight_EKCRS, spec, workspace_bytes)
-    if len(mixer.tiles) == 1:
-        y_NKPQ = conv.forward(x_NCHW, mixer.kernels(mixer.tiles[0]), spec)
-        return y_NKPQ.contiguous(memory_format=memory_format_of(x_NCHW))
-    output_PQ = spec.output_size(size_HW, (weight_EKCRS.shape[3], weight_EKCRS.shape[4]))
     y_NKPQ = torch.empty(
-        (x_NCHW.shape[0], weight_EKCRS.shape[1], *output_PQ),
+        (x_NCHW.shape[0], weight_EKCRS.shape[1], *spec.output_size(size_HW, kernel_RS)),
         dtype=x_NCHW.dtype,
         device=x_NCHW.device,
         memory_format=memory_format_of(x_NCHW),
     )
     for tile in mixer.tiles:
-        y_NKPQ[tile.examples, tile.channels] = conv.forward(x_NCHW[tile.examples], mixer.kernels(tile), spec)
+        if tile.channels.start == 0:
+            chunk = conv(x_NCHW[tile.examples], kernel_RS, spec)
+        chunk.forward(mixer.kernels(tile), y_NKPQ[tile.examples, tile.channels])
     return y_NKPQ
 
 
 def backward(
-    conv: PerExampleConv,
+    conv: type[PerExampleConv],
     grad_y_NKPQ: Tensor,
     x_NCHW: Tensor,
     routing_NE: Tensor,
@@ -175,27 +201,34 @@ def backward(
     """Gradients of x, routing weights and expert weights, each only where `needs` asks for it."""
     full_shape = weight_EKCRS.shape
     weight_EKCRS, spec, where = crop_to_live_taps(weight_EKCRS, (x_NCHW.shape[2], x_NCHW.shape[3]), spec)
+    kernel_RS = (weight_EKCRS.shape[3], weight_EKCRS.shape[4])
     mixer = _Mixer(x_NCHW, routing_NE, weight_EKCRS, spec, workspace_bytes)
     need_x, need_routing, need_weight = needs
     grad_x = torch.empty_like(x_NCHW) if need_x else None
     grad_routing = torch.zeros_like(mixer.routing_NE) if need_routing else None
     grad_weight = mixer.weight_EM.new_empty(mixer.weight_EM.shape, dtype=mixer.dtype) if need_weight else None
     for tile in mixer.tiles:
-        x, grad_y = x_NCHW[tile.examples], grad_y_NKPQ[tile.examples, tile.channels]
+        first, last = tile.channels.start == 0, tile.channels.stop == full_shape[1]
+        if first:
+            chunk = conv(x_NCHW[tile.examples], kernel_RS, spec)
+        grad_y = grad_y_NKPQ[tile.examples, tile.channels]
         if grad_x is not None:
-            part = conv.input_gradient(grad_y, x, mixer.kernels(tile), spec)
-            if tile.channels.start == 0:
-                grad_x[tile.examples] = part
-            else:
-                grad_x[tile.examples] += part
+            chunk.input_gradient(grad_y, mixer.kernels(tile), grad_x[tile.examples], first)
+            if last:
+                chunk.finish_input_gradient(grad_x[tile.examples])
         if need_routing or need_weight:
-            rows, columns = x.shape[0], tile.channels.stop - tile.channels.start
-            kernel_shape = torch.Size((rows, columns, *mixer.kernel_CRS))
-            grad_kernel = conv.kernel_gradient(grad_y, x, kernel_shape, spec)
-            mixer.add_gradients(tile, grad_kernel, grad_routing, grad_weight)
+            mixer.add_gradients(tile, chunk.kernel_gradient(grad_y), grad_routing, grad_weight)
     if grad_weight is not None:
         grad_weight = _restore_dead_taps(grad_weight.view(weight_EKCRS.shape).to(weight_EKCRS.dtype), full_shape, where)
     return grad_x, None if grad_routing is None else grad_routing.to(routing_NE.dtype), grad_weight
+
+
+def store(target: Tensor, value: Tensor, first: bool) -> None:
+    """Write the first part of a sum, add the others."""
+    if first:
+        target.copy_(value)
+    else:
+        target.add_(value)
 
 
 def _restore_dead_taps(grad_EKCRS: Tensor, full_shape: torch.Size, where: tuple[slice, slice]) -> Tensor:

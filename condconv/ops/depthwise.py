@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from condconv.ops.chunked import PerExampleConv
-from condconv.ops.spec import ConvSpec, Problem, is_channels_last
+from condconv.ops.chunked import PerExampleConv, store
+from condconv.ops.spec import ConvSpec, Problem, convolution_gradient, is_channels_last
 
 LARGEST_GRADIENT_KERNEL = 16 * 16
 """Maps of dy with more positions than this go to the library's weight gradient instead of serving as kernels."""
@@ -32,76 +32,64 @@ def _fold(tensor_NCHW: Tensor) -> Tensor:
     return tensor_NCHW.permute(2, 3, 0, 1).reshape(1, height, width, batch * channels).permute(0, 3, 1, 2)
 
 
-def _unfold(folded: Tensor, batch: int, channels_last: bool) -> Tensor:
-    """The inverse of `_fold`."""
-    _, _, height, width = folded.shape
+def _store_unfolded(target_NCHW: Tensor, folded: Tensor, channels_last: bool, first: bool) -> None:
+    """The inverse of `_fold`, into `target_NCHW`."""
     if not channels_last:
-        return folded.reshape(batch, -1, height, width)
-    y_HWNC = folded.permute(0, 2, 3, 1).reshape(height, width, batch, -1)
-    return y_HWNC.permute(2, 3, 0, 1).contiguous(memory_format=torch.channels_last)
+        store(target_NCHW, folded.reshape(target_NCHW.shape), first)
+        return
+    batch, channels, height, width = target_NCHW.shape
+    folded_HWNC = folded.permute(0, 2, 3, 1).reshape(height, width, batch, channels)
+    store(target_NCHW.permute(2, 3, 0, 1), folded_HWNC, first)
 
 
-def _is_scale(kernel_shape: torch.Size, spec: ConvSpec) -> bool:
-    """Whether the convolution only scales each channel: what is left of any kernel on a 1x1 map.
+class Depthwise(PerExampleConv):
+    """Three depthwise convolutions; products where a kernel or dy is a single point."""
 
-    Apart for being cheaper, these must not reach the library: on one thread it runs 1x1 kernels group by group.
-    """
-    return kernel_shape[3:] == (1, 1) and spec.padding == (0, 0) and spec.stride == (1, 1)
+    def __init__(self, x_NCHW: Tensor, kernel_RS: tuple[int, int], spec: ConvSpec) -> None:
+        super().__init__(x_NCHW, kernel_RS, spec)
+        self.channels_last = is_channels_last(x_NCHW)
+        # What is left of any kernel on a 1x1 map only scales each channel. That must not reach the library: on one
+        # thread it runs 1x1 kernels group by group.
+        self.scales = kernel_RS == (1, 1) and spec.padding == (0, 0) and spec.stride == (1, 1)
 
+    def forward(self, kernel_NKCRS: Tensor, y_NKPQ: Tensor) -> None:
+        """Depthwise convolution of the folded batch."""
+        if self.scales:
+            torch.mul(self.x_NCHW, kernel_NKCRS[:, :, 0], out=y_NKPQ)
+            return
+        kernels, spec = kernel_NKCRS.flatten(0, 1), self.spec
+        folded = F.conv2d(_fold(self.x_NCHW), kernels, None, spec.stride, spec.padding, spec.dilation, kernels.shape[0])
+        _store_unfolded(y_NKPQ, folded, self.channels_last, first=True)
 
-def _forward(x_NCHW: Tensor, kernel_NKCRS: Tensor, spec: ConvSpec) -> Tensor:
-    if _is_scale(kernel_NKCRS.shape, spec):
-        return x_NCHW * kernel_NKCRS[:, :, 0]
-    kernel_MCRS = kernel_NKCRS.flatten(0, 1)
-    folded = F.conv2d(_fold(x_NCHW), kernel_MCRS, None, spec.stride, spec.padding, spec.dilation, kernel_MCRS.shape[0])
-    return _unfold(folded, x_NCHW.shape[0], is_channels_last(x_NCHW))
+    def input_gradient(self, grad_y_NKPQ: Tensor, kernel_NKCRS: Tensor, grad_x_NCHW: Tensor, first: bool) -> None:
+        """The library's input gradient of the folded batch."""
+        if self.scales:
+            store(grad_x_NCHW, grad_y_NKPQ * kernel_NKCRS[:, :, 0], first)
+            return
+        folded = self._library_gradient(grad_y_NKPQ, kernel_NKCRS.flatten(0, 1), [True, False, False])[0]
+        _store_unfolded(grad_x_NCHW, folded, self.channels_last, first)
 
+    def kernel_gradient(self, grad_y_NKPQ: Tensor) -> Tensor:
+        """Depthwise convolution of x by dy, with stride and dilation exchanged."""
+        batch, channels, height, width = grad_y_NKPQ.shape
+        spec, (rows, columns) = self.spec, self.kernel_RS
+        if self.scales:
+            return (self.x_NCHW * grad_y_NKPQ).sum((2, 3))
+        if height * width == 1:  # a 1x1 kernel again: dy scales the one window of x that it was computed from
+            pad_H, pad_W = spec.padding
+            window = F.pad(self.x_NCHW, (pad_W, pad_W, pad_H, pad_H))[:, :, :: spec.dilation[0], :: spec.dilation[1]]
+            return window[:, :, :rows, :columns] * grad_y_NKPQ
+        if height * width > LARGEST_GRADIENT_KERNEL:
+            kernel_MCRS = self.x_NCHW.new_empty((batch * channels, 1, rows, columns))
+            return self._library_gradient(grad_y_NKPQ, kernel_MCRS, [False, True, False])[1].view(batch, -1)
+        x_folded = self.x_NCHW.reshape(1, batch * channels, *self.x_NCHW.shape[2:])
+        kernels = grad_y_NKPQ.reshape(batch * channels, 1, height, width)
+        grad = F.conv2d(x_folded, kernels, None, spec.dilation, spec.padding, spec.stride, batch * channels)
+        # With a stride the last rows of x may meet no output: the convolution then has taps to spare.
+        return grad[:, :, :rows, :columns].reshape(batch, channels, rows, columns)
 
-def _input_gradient(grad_y_NKPQ: Tensor, x_NCHW: Tensor, kernel_NKCRS: Tensor, spec: ConvSpec) -> Tensor:
-    if _is_scale(kernel_NKCRS.shape, spec):
-        return grad_y_NKPQ * kernel_NKCRS[:, :, 0]
-    folded = _library_gradient(grad_y_NKPQ, x_NCHW, kernel_NKCRS.flatten(0, 1), spec, [True, False, False])[0]
-    return _unfold(folded, x_NCHW.shape[0], is_channels_last(x_NCHW))
-
-
-def _kernel_gradient(grad_y_NKPQ: Tensor, x_NCHW: Tensor, kernel_shape: torch.Size, spec: ConvSpec) -> Tensor:
-    height, width = grad_y_NKPQ.shape[2:]
-    if height * width > LARGEST_GRADIENT_KERNEL:
-        shape = (kernel_shape[0] * kernel_shape[1], *kernel_shape[2:])
-        kernel_MCRS = x_NCHW.new_empty(shape)
-        return _library_gradient(grad_y_NKPQ, x_NCHW, kernel_MCRS, spec, [False, True, False])[1].view(kernel_shape)
-    if height * width == 1:  # a 1x1 kernel: dy scales the one window of x that it was computed from
-        rows, columns = (slice(None, None, step) for step in spec.dilation)
-        window = F.pad(x_NCHW, (spec.padding[1], spec.padding[1], spec.padding[0], spec.padding[0]))[
-            :, :, rows, columns
-        ]
-        return (window[:, :, : kernel_shape[3], : kernel_shape[4]] * grad_y_NKPQ).unsqueeze(2)
-    if _is_scale(kernel_shape, spec):
-        return (x_NCHW * grad_y_NKPQ).sum((2, 3)).view(kernel_shape)
-    x_folded = x_NCHW.reshape(1, -1, *x_NCHW.shape[2:])
-    grad_as_kernel = grad_y_NKPQ.reshape(-1, 1, height, width)
-    channels = grad_as_kernel.shape[0]
-    grad = F.conv2d(x_folded, grad_as_kernel, None, spec.dilation, spec.padding, spec.stride, channels)
-    # With a stride the last rows of x may meet no output: the convolution then has taps to spare.
-    return grad[:, :, : kernel_shape[3], : kernel_shape[4]].reshape(kernel_shape)
-
-
-def _library_gradient(
-    grad_y_NKPQ: Tensor, x_NCHW: Tensor, kernel_MCRS: Tensor, spec: ConvSpec, mask: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
-        _fold(grad_y_NKPQ),
-        _fold(x_NCHW),
-        kernel_MCRS,
-        None,
-        spec.stride,
-        spec.padding,
-        spec.dilation,
-        False,
-        [0, 0],
-        kernel_MCRS.shape[0],
-        mask,
-    )
-
-
-CONV = PerExampleConv(_forward, _input_gradient, _kernel_gradient)
+    def _library_gradient(
+        self, grad_y_NKPQ: Tensor, kernel_MCRS: Tensor, mask: list[bool]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        spec = self.spec._replace(groups=kernel_MCRS.shape[0])
+        return convolution_gradient(_fold(grad_y_NKPQ), _fold(self.x_NCHW), kernel_MCRS, spec, mask)

@@ -8,12 +8,11 @@ some hardware runs faster, and applies to ResNeXt. Per example like the rest: th
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from condconv.ops.chunked import PerExampleConv
-from condconv.ops.spec import ConvSpec, Problem, memory_format_of
+from condconv.ops.chunked import PerExampleConv, store
+from condconv.ops.spec import Problem, convolution_gradient
 
 
 def supports(problem: Problem) -> str | None:
@@ -39,44 +38,36 @@ def _expand_gradient(grad_y_NKPQ: Tensor, group_channels: int, groups: int) -> T
     return grad_NG1KPQ.expand(-1, -1, group_channels, -1, -1, -1).reshape(1, -1, *output_PQ)
 
 
-def _forward(x_NCHW: Tensor, kernel_NKCRS: Tensor, spec: ConvSpec) -> Tensor:
-    batch, channels = x_NCHW.shape[:2]
-    kernels = _depthwise_kernels(kernel_NKCRS, spec.groups)
-    maps = F.conv2d(_fold(x_NCHW), kernels, None, spec.stride, spec.padding, spec.dilation, batch * channels)
-    maps_NGCKPQ = maps.view(batch, spec.groups, channels // spec.groups, -1, *maps.shape[2:])
-    return maps_NGCKPQ.sum(2).flatten(1, 2).contiguous(memory_format=memory_format_of(x_NCHW))
+class DepthwiseSum(PerExampleConv):
+    """A depthwise convolution with a channel multiplier, and a sum."""
 
+    def forward(self, kernel_NKCRS: Tensor, y_NKPQ: Tensor) -> None:
+        """Every input channel with every kernel that reads it, then the sum over the input channels of a group."""
+        batch, channels = self.x_NCHW.shape[:2]
+        spec, kernels = self.spec, _depthwise_kernels(kernel_NKCRS, self.spec.groups)
+        maps = F.conv2d(_fold(self.x_NCHW), kernels, None, spec.stride, spec.padding, spec.dilation, batch * channels)
+        maps_NGCKPQ = maps.view(batch, spec.groups, channels // spec.groups, -1, *maps.shape[2:])
+        y_NKPQ.copy_(maps_NGCKPQ.sum(2).flatten(1, 2))
 
-def _library_gradient(
-    grad_y_NKPQ: Tensor, x_NCHW: Tensor, kernels: Tensor, spec: ConvSpec, mask: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, channels = x_NCHW.shape[:2]
-    return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
-        _expand_gradient(grad_y_NKPQ, channels // spec.groups, spec.groups),
-        _fold(x_NCHW),
-        kernels,
-        None,
-        spec.stride,
-        spec.padding,
-        spec.dilation,
-        False,
-        [0, 0],
-        batch * channels,
-        mask,
-    )
+    def input_gradient(self, grad_y_NKPQ: Tensor, kernel_NKCRS: Tensor, grad_x_NCHW: Tensor, first: bool) -> None:
+        """The library's input gradient of the depthwise convolution."""
+        kernels = _depthwise_kernels(kernel_NKCRS, self.spec.groups)
+        grad = self._library_gradient(grad_y_NKPQ, kernels, [True, False, False])[0]
+        store(grad_x_NCHW, grad.view(grad_x_NCHW.shape), first)
 
+    def kernel_gradient(self, grad_y_NKPQ: Tensor) -> Tensor:
+        """The library's weight gradient of the depthwise convolution, in the order of the grouped kernels."""
+        batch, out_channels = grad_y_NKPQ.shape[:2]
+        group_channels = self.x_NCHW.shape[1] // self.spec.groups
+        kernels = self.x_NCHW.new_empty((batch * out_channels * group_channels, 1, *self.kernel_RS))
+        grad = self._library_gradient(grad_y_NKPQ, kernels, [False, True, False])[1]
+        grad_NGCKRS = grad.view(batch, self.spec.groups, group_channels, -1, *self.kernel_RS)
+        return grad_NGCKRS.transpose(2, 3)
 
-def _input_gradient(grad_y_NKPQ: Tensor, x_NCHW: Tensor, kernel_NKCRS: Tensor, spec: ConvSpec) -> Tensor:
-    kernels = _depthwise_kernels(kernel_NKCRS, spec.groups)
-    return _library_gradient(grad_y_NKPQ, x_NCHW, kernels, spec, [True, False, False])[0].reshape(x_NCHW.shape)
-
-
-def _kernel_gradient(grad_y_NKPQ: Tensor, x_NCHW: Tensor, kernel_shape: torch.Size, spec: ConvSpec) -> Tensor:
-    batch, out_channels, group_channels, *kernel_RS = kernel_shape
-    kernels = x_NCHW.new_empty((batch * out_channels * group_channels, 1, *kernel_RS))
-    grad = _library_gradient(grad_y_NKPQ, x_NCHW, kernels, spec, [False, True, False])[1]
-    grad_NGCKRS = grad.view(batch, spec.groups, group_channels, -1, *kernel_RS)
-    return grad_NGCKRS.transpose(2, 3).reshape(kernel_shape)
-
-
-CONV = PerExampleConv(_forward, _input_gradient, _kernel_gradient)
+    def _library_gradient(
+        self, grad_y_NKPQ: Tensor, kernels: Tensor, mask: list[bool]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        batch, channels = self.x_NCHW.shape[:2]
+        grad_y = _expand_gradient(grad_y_NKPQ, channels // self.spec.groups, self.spec.groups)
+        spec = self.spec._replace(groups=batch * channels)
+        return convolution_gradient(grad_y, _fold(self.x_NCHW), kernels, spec, mask)

@@ -1,7 +1,8 @@
 """Per-example convolution as batched matrix products.
 
-Pointwise: with `x_n` as an `L x C` matrix (channels last) or `C x L` (contiguous), both without a copy, `y_n = x_n
-W_n^T` or `W_n x_n`. Other kernels, dense or grouped: the patches are unfolded to `C R S x L` first.
+With D = C R S: the patches of an example are a matrix `X` of L x D, its kernels `W` of K x D, and `Y = X W^T`.
+Backward: `dX = dY W`, `dW = dY^T X`. For pointwise kernels X is a view of the input, in both memory formats, and
+nothing is copied. Other kernels are unfolded once for all tiles of output channels, and `dX` is folded once at the end.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from condconv.ops.chunked import PerExampleConv
+from condconv.ops.chunked import PerExampleConv, store
 from condconv.ops.spec import ConvSpec, Problem, is_channels_last
 
 
@@ -21,77 +22,84 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
-def _is_plain(kernel_shape: torch.Size, spec: ConvSpec) -> bool:
-    return spec.groups == 1 and spec.is_pointwise((kernel_shape[3], kernel_shape[4]))
+class Gemm(PerExampleConv):
+    """Matrices in the orientation that the memory format gives for free: rows of positions, or columns of positions."""
+
+    def __init__(self, x_NCHW: Tensor, kernel_RS: tuple[int, int], spec: ConvSpec) -> None:
+        super().__init__(x_NCHW, kernel_RS, spec)
+        self.rows = is_channels_last(x_NCHW) and spec.groups == 1
+        self.pointwise = spec.groups == 1 and spec.is_pointwise(kernel_RS)
+        self.patches_BLD = self._patches()
+        self.grad_patches_BLD: Tensor | None = None
+
+    def _patches(self) -> Tensor:
+        """`[N * G, L, C/G * R * S]`, strided as it comes."""
+        if self.pointwise:
+            return self._matrix(_subsample(self.x_NCHW, self.spec))
+        spec = self.spec
+        columns: Tensor = F.unfold(self.x_NCHW, self.kernel_RS, spec.dilation, spec.padding, spec.stride)
+        batch, depth, positions = columns.shape
+        return columns.view(batch * spec.groups, depth // spec.groups, positions).transpose(1, 2)
+
+    def _matrix(self, tensor_NCHW: Tensor) -> Tensor:
+        """`[N * G, L, C / G]`, a view of a tensor or of a tile of its channels."""
+        if self.rows:
+            return tensor_NCHW.permute(0, 2, 3, 1).flatten(1, 2)
+        batch, channels, height, width = tensor_NCHW.shape
+        groups = self.spec.groups
+        return tensor_NCHW.reshape(batch * groups, channels // groups, height * width).transpose(1, 2)
+
+    def _kernels(self, kernel_NKCRS: Tensor) -> Tensor:
+        """`[N * G, K / G, C/G * R * S]`."""
+        batch, out_channels = kernel_NKCRS.shape[:2]
+        return kernel_NKCRS.reshape(batch * self.spec.groups, out_channels // self.spec.groups, -1)
+
+    def forward(self, kernel_NKCRS: Tensor, y_NKPQ: Tensor) -> None:
+        """One product, written in place."""
+        self._product(self.patches_BLD, self._kernels(kernel_NKCRS).transpose(1, 2), y_NKPQ, first=True)
+
+    def input_gradient(self, grad_y_NKPQ: Tensor, kernel_NKCRS: Tensor, grad_x_NCHW: Tensor, first: bool) -> None:
+        """One product; of patches when the kernel is no point, and those are folded at the end."""
+        grad_BLK, kernels = self._matrix(grad_y_NKPQ), self._kernels(kernel_NKCRS)
+        if self.pointwise and self.spec.stride == (1, 1):
+            self._product(grad_BLK, kernels, grad_x_NCHW, first)
+        elif self.grad_patches_BLD is None:
+            self.grad_patches_BLD = torch.bmm(kernels.transpose(1, 2), grad_BLK.transpose(1, 2)).transpose(1, 2)
+        else:
+            self.grad_patches_BLD.transpose(1, 2).baddbmm_(kernels.transpose(1, 2), grad_BLK.transpose(1, 2))
+
+    def finish_input_gradient(self, grad_x_NCHW: Tensor) -> None:
+        """Fold the gradients of patches, or put those of a strided pointwise layer in their places."""
+        if self.grad_patches_BLD is None:
+            return
+        spec, columns_BDL = self.spec, self.grad_patches_BLD.transpose(1, 2)
+        batch, _, height, width = grad_x_NCHW.shape
+        if self.pointwise:
+            grad_x_NCHW.zero_()
+            target = _subsample(grad_x_NCHW, spec)
+            target.copy_(columns_BDL.view(target.shape))
+        else:
+            columns = columns_BDL.reshape(batch, -1, columns_BDL.shape[2])
+            grad_x_NCHW.copy_(
+                F.fold(columns, (height, width), self.kernel_RS, spec.dilation, spec.padding, spec.stride)
+            )
+
+    def kernel_gradient(self, grad_y_NKPQ: Tensor) -> Tensor:
+        """One product."""
+        return torch.bmm(self._matrix(grad_y_NKPQ).transpose(1, 2), self.patches_BLD)
+
+    def _product(self, left_BLM: Tensor, right_BMK: Tensor, target_NKPQ: Tensor, first: bool) -> None:
+        """`target (+)= left right`. Positions go to rows or to columns as the memory format has them."""
+        target_BLK = self._matrix(target_NKPQ)
+        if target_BLK.data_ptr() != target_NKPQ.data_ptr():  # a tile of a grouped or otherwise strided output
+            product_BLK = torch.bmm(left_BLM, right_BMK)
+            store(target_NKPQ, product_BLK.transpose(1, 2).reshape(target_NKPQ.shape), first)
+        elif self.rows:
+            target_BLK.baddbmm_(left_BLM, right_BMK, beta=0 if first else 1)
+        else:
+            target_BKL, beta = target_BLK.transpose(1, 2), 0 if first else 1
+            target_BKL.baddbmm_(right_BMK.transpose(1, 2), left_BLM.transpose(1, 2), beta=beta)
 
 
 def _subsample(x_NCHW: Tensor, spec: ConvSpec) -> Tensor:
     return x_NCHW if spec.stride == (1, 1) else x_NCHW[:, :, :: spec.stride[0], :: spec.stride[1]]
-
-
-def _rows(tensor_NCHW: Tensor) -> Tensor:
-    """`[N,L,C]`, a view when the tensor is channels last."""
-    return tensor_NCHW.permute(0, 2, 3, 1).flatten(1, 2)
-
-
-def _unfold(x_NCHW: Tensor, kernel_RS: tuple[int, int], spec: ConvSpec) -> Tensor:
-    """Patches `[N, G, C/G*R*S, L]`."""
-    patches: Tensor = F.unfold(x_NCHW, kernel_RS, spec.dilation, spec.padding, spec.stride)
-    return patches.view(patches.shape[0], spec.groups, -1, patches.shape[2])
-
-
-def _matrices(kernel_NKCRS: Tensor, groups: int) -> Tensor:
-    """Kernels `[N, G, K/G, C/G*R*S]`."""
-    batch, out_channels = kernel_NKCRS.shape[:2]
-    return kernel_NKCRS.reshape(batch, groups, out_channels // groups, -1)
-
-
-def _forward(x_NCHW: Tensor, kernel_NKCRS: Tensor, spec: ConvSpec) -> Tensor:
-    batch, out_channels = kernel_NKCRS.shape[:2]
-    output_PQ = spec.output_size((x_NCHW.shape[2], x_NCHW.shape[3]), (kernel_NKCRS.shape[3], kernel_NKCRS.shape[4]))
-    channels_last = is_channels_last(x_NCHW)
-    if _is_plain(kernel_NKCRS.shape, spec):
-        x, kernel_NKC = _subsample(x_NCHW, spec), kernel_NKCRS.flatten(2)
-        if channels_last:
-            y_NLK = torch.bmm(_rows(x), kernel_NKC.transpose(1, 2))
-            return y_NLK.view(batch, *output_PQ, out_channels).permute(0, 3, 1, 2)
-        return torch.bmm(kernel_NKC, x.flatten(2)).view(batch, out_channels, *output_PQ)
-    patches = _unfold(x_NCHW, (kernel_NKCRS.shape[3], kernel_NKCRS.shape[4]), spec)
-    kernels = _matrices(kernel_NKCRS, spec.groups)
-    if channels_last and spec.groups == 1:
-        y_NLK = torch.bmm(patches[:, 0].transpose(1, 2), kernels[:, 0].transpose(1, 2))
-        return y_NLK.view(batch, *output_PQ, out_channels).permute(0, 3, 1, 2)
-    return torch.matmul(kernels, patches).view(batch, out_channels, *output_PQ)
-
-
-def _input_gradient(grad_y_NKPQ: Tensor, x_NCHW: Tensor, kernel_NKCRS: Tensor, spec: ConvSpec) -> Tensor:
-    if not _is_plain(kernel_NKCRS.shape, spec):
-        grad_NGKL = grad_y_NKPQ.flatten(2).unflatten(1, (spec.groups, -1))
-        patches = torch.matmul(_matrices(kernel_NKCRS, spec.groups).transpose(2, 3), grad_NGKL)
-        kernel_RS = (kernel_NKCRS.shape[3], kernel_NKCRS.shape[4])
-        return F.fold(patches.flatten(1, 2), x_NCHW.shape[2:], kernel_RS, spec.dilation, spec.padding, spec.stride)
-    kernel_NKC = kernel_NKCRS.flatten(2)
-    if is_channels_last(x_NCHW):
-        product = torch.bmm(_rows(grad_y_NKPQ), kernel_NKC)
-        grad = product.view(x_NCHW.shape[0], *grad_y_NKPQ.shape[2:], -1).permute(0, 3, 1, 2)
-    else:
-        grad = torch.bmm(kernel_NKC.transpose(1, 2), grad_y_NKPQ.flatten(2)).unflatten(2, grad_y_NKPQ.shape[2:])
-    if spec.stride == (1, 1):
-        return grad
-    grad_x = torch.zeros_like(x_NCHW)
-    _subsample(grad_x, spec).copy_(grad)
-    return grad_x
-
-
-def _kernel_gradient(grad_y_NKPQ: Tensor, x_NCHW: Tensor, kernel_shape: torch.Size, spec: ConvSpec) -> Tensor:
-    if not _is_plain(kernel_shape, spec):
-        patches = _unfold(x_NCHW, (kernel_shape[3], kernel_shape[4]), spec)
-        grad_NGKL = grad_y_NKPQ.flatten(2).unflatten(1, (spec.groups, -1))
-        return torch.matmul(grad_NGKL, patches.transpose(2, 3)).reshape(kernel_shape)
-    x = _subsample(x_NCHW, spec)
-    if is_channels_last(x_NCHW):
-        return torch.bmm(_rows(grad_y_NKPQ).transpose(1, 2), _rows(x)).view(kernel_shape)
-    return torch.bmm(grad_y_NKPQ.flatten(2), x.flatten(2).transpose(1, 2)).view(kernel_shape)
-
-
-CONV = PerExampleConv(_forward, _input_gradient, _kernel_gradient)

@@ -7,12 +7,11 @@ have a file of their own.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from condconv.ops.chunked import PerExampleConv
-from condconv.ops.spec import ConvSpec, Problem, memory_format_of
+from condconv.ops.chunked import PerExampleConv, store
+from condconv.ops.spec import Problem, convolution_gradient
 
 
 def supports(problem: Problem) -> str | None:
@@ -24,44 +23,30 @@ def _fold(tensor_NCHW: Tensor) -> Tensor:
     return tensor_NCHW.reshape(1, -1, *tensor_NCHW.shape[2:])
 
 
-def _forward(x_NCHW: Tensor, kernel_NKCRS: Tensor, spec: ConvSpec) -> Tensor:
-    batch = x_NCHW.shape[0]
-    folded = F.conv2d(
-        _fold(x_NCHW), kernel_NKCRS.flatten(0, 1), None, spec.stride, spec.padding, spec.dilation, batch * spec.groups
-    )
-    y_NKPQ = folded.reshape(batch, -1, *folded.shape[2:])
-    return y_NKPQ.contiguous(memory_format=memory_format_of(x_NCHW))
+class Grouped(PerExampleConv):
+    """The library's grouped convolution and its gradients."""
 
+    def forward(self, kernel_NKCRS: Tensor, y_NKPQ: Tensor) -> None:
+        """One convolution of a single example with N times the channels."""
+        spec, groups = self.spec, self.x_NCHW.shape[0] * self.spec.groups
+        kernels = kernel_NKCRS.flatten(0, 1)
+        folded = F.conv2d(_fold(self.x_NCHW), kernels, None, spec.stride, spec.padding, spec.dilation, groups)
+        y_NKPQ.copy_(folded.view(y_NKPQ.shape))
 
-def _gradient(
-    grad_y_NKPQ: Tensor, x_NCHW: Tensor, kernel_MCRS: Tensor, spec: ConvSpec, mask: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    groups = x_NCHW.shape[0] * spec.groups
-    return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
-        _fold(grad_y_NKPQ),
-        _fold(x_NCHW),
-        kernel_MCRS,
-        None,
-        spec.stride,
-        spec.padding,
-        spec.dilation,
-        False,
-        [0, 0],
-        groups,
-        mask,
-    )
+    def input_gradient(self, grad_y_NKPQ: Tensor, kernel_NKCRS: Tensor, grad_x_NCHW: Tensor, first: bool) -> None:
+        """The library's input gradient."""
+        grad = self._library_gradient(grad_y_NKPQ, kernel_NKCRS.flatten(0, 1), [True, False, False])[0]
+        store(grad_x_NCHW, grad.view(grad_x_NCHW.shape), first)
 
+    def kernel_gradient(self, grad_y_NKPQ: Tensor) -> Tensor:
+        """The library's weight gradient, for which the values of the kernels do not matter."""
+        channels = grad_y_NKPQ.shape[0] * grad_y_NKPQ.shape[1]
+        group_channels = self.x_NCHW.shape[1] // self.spec.groups
+        kernel_MCRS = self.x_NCHW.new_empty((channels, group_channels, *self.kernel_RS))
+        return self._library_gradient(grad_y_NKPQ, kernel_MCRS, [False, True, False])[1].view(grad_y_NKPQ.shape[0], -1)
 
-def _input_gradient(grad_y_NKPQ: Tensor, x_NCHW: Tensor, kernel_NKCRS: Tensor, spec: ConvSpec) -> Tensor:
-    folded = _gradient(grad_y_NKPQ, x_NCHW, kernel_NKCRS.flatten(0, 1), spec, [True, False, False])[0]
-    return folded.reshape(x_NCHW.shape)
-
-
-def _kernel_gradient(grad_y_NKPQ: Tensor, x_NCHW: Tensor, kernel_shape: torch.Size, spec: ConvSpec) -> Tensor:
-    # The values of the kernel do not enter its own gradient: one element, expanded, gives the shape.
-    shape = (kernel_shape[0] * kernel_shape[1], *kernel_shape[2:])
-    kernel_MCRS = x_NCHW.new_empty(shape)
-    return _gradient(grad_y_NKPQ, x_NCHW, kernel_MCRS, spec, [False, True, False])[1].reshape(kernel_shape)
-
-
-CONV = PerExampleConv(_forward, _input_gradient, _kernel_gradient)
+    def _library_gradient(
+        self, grad_y_NKPQ: Tensor, kernel_MCRS: Tensor, mask: list[bool]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        spec = self.spec._replace(groups=self.x_NCHW.shape[0] * self.spec.groups)
+        return convolution_gradient(_fold(grad_y_NKPQ), _fold(self.x_NCHW), kernel_MCRS, spec, mask)

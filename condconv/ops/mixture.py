@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from condconv.ops.spec import ConvSpec, Problem, crop_to_live_taps, memory_format_of, mixing_dtype
+from condconv.ops.spec import ConvSpec, Problem, convolution_gradient, crop_to_live_taps, memory_format_of, mixing_dtype
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -183,30 +183,12 @@ def _backward_convolutions(
         scale = routing_NE[:, expert, None, None, None].to(dtype)
         kernel = weight_KCRS.to(x_NCHW.dtype)
         if need_x or need_routing:
-            dz = _library_gradient(grad_y_NKPQ, x_NCHW, kernel, spec, [True, False, False])[0].to(dtype)
+            dz = convolution_gradient(grad_y_NKPQ, x_NCHW, kernel, spec, [True, False, False])[0].to(dtype)
             if grad_routing is not None:
                 grad_routing[:, expert] = (dz * x_NCHW).sum((1, 2, 3))
             if grad_x is not None:
                 grad_x.addcmul_(dz, scale)
         if grad_weight is not None:
             scaled = (grad_y_NKPQ * scale).to(x_NCHW.dtype)
-            grad_weight[expert] = _library_gradient(scaled, x_NCHW, kernel, spec, [False, True, False])[1]
+            grad_weight[expert] = convolution_gradient(scaled, x_NCHW, kernel, spec, [False, True, False])[1]
     return None if grad_x is None else grad_x.to(x_NCHW.dtype), grad_routing, grad_weight
-
-
-def _library_gradient(
-    grad_y_NKPQ: Tensor, x_NCHW: Tensor, kernel_KCRS: Tensor, spec: ConvSpec, mask: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
-        grad_y_NKPQ,
-        x_NCHW,
-        kernel_KCRS,
-        None,
-        spec.stride,
-        spec.padding,
-        spec.dilation,
-        False,
-        [0, 0],
-        spec.groups,
-        mask,
-    )

@@ -30,22 +30,22 @@ class Backend(NamedTuple):
 
 
 def _mix_first(
-    name: str, summary: str, supports: Callable[[Problem], str | None], conv: chunked.PerExampleConv
+    name: str, summary: str, supports: Callable[[Problem], str | None], conv: type[chunked.PerExampleConv]
 ) -> Backend:
     return Backend(name, summary, supports, partial(chunked.forward, conv), partial(chunked.backward, conv))
 
 
 _BACKENDS = [
     Backend("mixture", "run every expert, mix the outputs", mixture.supports, mixture.forward, mixture.backward),
-    _mix_first("gemm", "mix kernels, batched matrix products", gemm.supports, gemm.CONV),
-    _mix_first("depthwise", "mix kernels, one folded depthwise convolution", depthwise.supports, depthwise.CONV),
+    _mix_first("gemm", "mix kernels, batched matrix products", gemm.supports, gemm.Gemm),
+    _mix_first("depthwise", "mix kernels, one folded depthwise convolution", depthwise.supports, depthwise.Depthwise),
     _mix_first(
         "depthwise_sum",
         "mix kernels, a depthwise convolution summed in groups",
         depthwise_sum.supports,
-        depthwise_sum.CONV,
+        depthwise_sum.DepthwiseSum,
     ),
-    _mix_first("grouped", "mix kernels, one convolution with N * G groups", grouped.supports, grouped.CONV),
+    _mix_first("grouped", "mix kernels, one convolution with N * G groups", grouped.supports, grouped.Grouped),
     *(Backend(*entry) for entry in triton.ENTRIES),
 ]
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _BACKENDS}

@@ -146,6 +146,25 @@ def crop_to_live_taps(
     return live, spec._replace(padding=(rows.padding, columns.padding)), where
 
 
+def convolution_gradient(
+    grad_y_NKPQ: Tensor, x_NCHW: Tensor, kernel_KCRS: Tensor, spec: ConvSpec, mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The library's gradients of a convolution, of (input, kernel, bias) where the mask asks for them."""
+    return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
+        grad_y_NKPQ,
+        x_NCHW,
+        kernel_KCRS,
+        None,
+        spec.stride,
+        spec.padding,
+        spec.dilation,
+        False,
+        [0, 0],
+        spec.groups,
+        mask,
+    )
+
+
 def is_channels_last(x_NCHW: Tensor) -> bool:
     """Whether the tensor is laid out as NHWC; 1x1 maps and single channels are told apart by their strides."""
     return bool(
