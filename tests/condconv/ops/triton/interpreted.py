@@ -46,10 +46,10 @@ POINTWISE = [
 SAME: dict[str, Any] = {"padding": (1, 1)}
 SEVEN: dict[str, Any] = {"channels": 7, "out_channels": 7, "groups": 7}
 DEPTHWISE = [
-    case(FP32, "nchw", **SEVEN, **SAME),
+    case(FP32, "nchw", **SEVEN, **SAME, size=(5, 5)),
     case(FP32, "nhwc", **SEVEN, batch=1, experts=1, kernel=(3, 2), stride=(2, 3), padding=(0, 1)),
     case(BF16, "nhwc", **SEVEN, experts=8, dilation=(2, 1), padding=(2, 0)),
-    case(FP16, "nchw", channels=19, out_channels=19, groups=19, stride=(2, 2), **SAME),
+    case(FP16, "nchw", channels=19, out_channels=19, groups=19, stride=(2, 2), size=(5, 7), **SAME),
     case(FP16, "nhwc", 1, **SEVEN, batch=3, kernel=(5, 5), padding=(2, 2), size=(2, 2)),
     case(BF16, "nchw", 4 * 7 * 9 * 2, **SEVEN, **SAME, kernel=(2, 2), size=(7, 8)),
 ]
@@ -186,9 +186,9 @@ def test_nothing_to_compute(name: str, made: Case, empty: str) -> None:
 
 
 def test_expert_gradients_are_reproducible() -> None:
-    made = Case(batch=5, channels=20, out_channels=37, kernel=(1, 1), experts=8)
+    made = Case(batch=5, channels=17, out_channels=35, kernel=(1, 1), size=(2, 3))
     x, routing, weight, _ = leaves(made.tensors(BF16))
-    grad_y = torch.randn(5, 37, 7, 7).bfloat16()
+    grad_y = torch.randn(5, 35, 2, 3).bfloat16()
     ways: list[Callable[[], tuple[Tensor | None, ...]]] = [
         partial(pointwise.backward, grad_y, x, routing, weight, made.spec, (True,) * 3, 0, fuse_reduction=fused)
         for fused in (False, True)
@@ -251,9 +251,9 @@ def test_offsets_across_examples_are_64_bit(kernels: tiles.Kernels, far_apart: T
 
 
 TINY = [
-    benchmark.Layer("tiny", "pointwise", 5, 7, 3, experts=2, batch=5),
-    benchmark.Layer("tiny", "depthwise", 5, 5, 3, 2, experts=2, batch=5),
-    benchmark.Layer("tiny", "dense", 3, 5, 3, 2, experts=2, batch=5),
+    benchmark.Layer("tiny", "pointwise", 5, 7, 3, experts=2, batch=2),
+    benchmark.Layer("tiny", "depthwise", 5, 5, 3, 2, experts=2, batch=2),
+    benchmark.Layer("tiny", "dense", 3, 5, 3, 2, experts=2, batch=2),
 ]
 
 
@@ -266,7 +266,7 @@ def test_benchmark_times_what_is_right_and_only_that(layer: benchmark.Layer, mon
         return 2.0
 
     monkeypatch.setattr(benchmark, "measure_ms", once)
-    monkeypatch.setattr(benchmark, "GATE_BATCH", 2)
+    monkeypatch.setattr(benchmark, "GATE_BATCH", 1)
     rows = benchmark.measure(layer, FP32, True, benchmark.Ceilings(1e9, 1e12), "cpu")
     assert len(rows) >= 4
     assert all(row["correct"] and row["share_of_bound"] == row["bound_ms"] / 2 for row in rows)
