@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import hydra
 import pytorch_lightning as pl
 from hydra.utils import instantiate
@@ -11,12 +13,16 @@ from condconv.complexity import complexity, readable
 from configs.checks import check_eval
 from configs.messages import UserError, run_as_command, run_job
 from configs.resolvers import register_resolvers
-from configs.runs import load_checkpoint
+from configs.runs import adopt_normalization, choose_data, load_checkpoint, plain
 from models.callbacks import EvaluationSpeed, print_results
 from models.ema import CHECKPOINT_KEY, averaged_weights
+from models.pretrained import for_evaluation
+from models.weights import weights_of_run
 from train import build_network
 
 register_resolvers()
+
+TASK = "models.classification.ClassificationModule"
 
 
 def evaluate(cfg: DictConfig) -> dict[str, float]:
@@ -28,29 +34,26 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
         ValueError, OSError: the checkpoint or the data cannot work; the message says what to do.
     """
     check_eval(cfg)
-    checkpoint = load_checkpoint(cfg.ckpt)
-    saved = OmegaConf.create(checkpoint["config"])
+    saved, weights, pretrained = open_weights(cfg)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     data = choose_data(cfg.data, saved.data)
     datamodule = instantiate(data, _convert_="all")
     datamodule.prepare_data()
-    num_classes = saved.model.num_classes
+    num_classes = saved.model.num_classes or datamodule.num_classes
     if datamodule.num_classes != num_classes:
         raise UserError(
-            f"The network of {cfg.ckpt} has {num_classes} classes, the data {datamodule.num_classes}: evaluate it on "
-            f"the data it was trained for, or on a set with the same classes."
+            f"The network of {cfg.ckpt or cfg.pretrained} has {num_classes} classes, the data "
+            f"{datamodule.num_classes}: evaluate it on the data it was trained for, or on a set with the same classes."
         )
-    net = build_network(saved.model, saved.condconv, num_classes)
+    net = build_network(saved.model, saved.condconv, num_classes, **pretrained)
     task = instantiate(saved.task, _partial_=True, compile=cfg.compile, channels_last=cfg.channels_last)
     module = task(net, num_classes)
-    weights = {"": {k.removeprefix("net."): v for k, v in checkpoint["state_dict"].items() if k.startswith("net.")}}
-    if CHECKPOINT_KEY in checkpoint:
-        weights["ema/"] = averaged_weights(checkpoint)
     speed = EvaluationSpeed()
     trainer = instantiate(cfg.trainer, _partial_=True)(callbacks=[speed], logger=False)
     figures: dict[str, float] = {}
     for prefix, state in weights.items():
-        net.load_state_dict(state)
+        if state is not None:
+            net.load_state_dict(state)
         trainer.test(module, datamodule=datamodule, verbose=False)
         figures |= {key.replace("test/", prefix): float(value) for key, value in trainer.callback_metrics.items()}
     counted = complexity(net, datamodule.image_size)
@@ -62,15 +65,21 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     return figures
 
 
-def choose_data(given: DictConfig, saved: DictConfig) -> DictConfig:
-    """The data of the run, with the values given on the command line, or another data set altogether."""
-    if given.get("_target_") is not None:
-        return given
-    changes = {key: value for key, value in given.items() if value is not None}
-    unknown = [key for key in changes if key not in saved]
-    if unknown:
-        raise UserError(f"data.{unknown[0]}: the run's data set has no such setting; it has {', '.join(saved)}.")
-    return OmegaConf.merge(saved, changes)
+def open_weights(cfg: DictConfig) -> tuple[DictConfig, dict[str, Any], dict[str, Any]]:
+    """The config that builds the network, states to load by prefix, and arguments that bring pretrained weights."""
+    if cfg.pretrained is not None:
+        weights, settings = for_evaluation(cfg.pretrained, plain(cfg.model), plain(cfg.condconv))
+        adopt_normalization(cfg, weights.normalization)
+        saved = {**settings, "name": str(cfg.pretrained), "data": {}, "task": {"_target_": TASK}}
+        return OmegaConf.create(saved), {"": None}, {"pretrained": weights}
+    checkpoint = load_checkpoint(cfg.ckpt)
+    saved = OmegaConf.create(checkpoint["config"])
+    if cfg.condconv.backend is not None:
+        saved.condconv.backend = cfg.condconv.backend
+    states = {"": weights_of_run(checkpoint, str(cfg.ckpt), averaged=False).state}
+    if CHECKPOINT_KEY in checkpoint:
+        states["ema/"] = averaged_weights(checkpoint)
+    return saved, states, {}
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="eval")

@@ -10,22 +10,23 @@ import hydra
 import pytorch_lightning as pl
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch import nn
 
 from configs.checks import check_train
 from configs.messages import run_as_command, run_job
 from configs.resolvers import register_resolvers
-from configs.runs import plain, resumed_config, save_config
+from configs.runs import adopt_normalization, plain, resumed_config, save_config
 from models.callbacks import SavedConfig, print_training_results
+from models.pretrained import find_weights
 
 register_resolvers()
 
 
-def build_network(model: DictConfig, condconv: DictConfig, num_classes: int) -> nn.Module:
-    """The network that a config's groups `model` and `condconv` describe."""
-    return instantiate(model, _convert_="all", **condconv, num_classes=num_classes)
+def build_network(model: DictConfig, condconv: DictConfig, num_classes: int, **weights: Any) -> nn.Module:
+    """The network that a config's groups `model` and `condconv` describe, with pretrained weights if any are given."""
+    return instantiate(model, _partial_=True, _convert_="all", **condconv, num_classes=num_classes)(**weights)
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
@@ -37,13 +38,20 @@ def train(cfg: DictConfig) -> dict[str, float]:
     if cfg.resume is not None:
         cfg = resumed_config(cfg.resume, HydraConfig.get().overrides.task if HydraConfig.initialized() else ())
     check_train(cfg)
+    weights: dict[str, Any] = {}
+    if cfg.resume is None and cfg.pretrained is not None:
+        found = find_weights(cfg.pretrained, cfg.model.name, cfg.condconv.experts, cfg.condconv.init)
+        adopt_normalization(cfg, found.normalization)
+        # The saved config builds the network without the file, so it must say what the file brought.
+        OmegaConf.update(cfg, "model.timm_options", {**found.timm_options, **cfg.model.timm_options}, force_add=True)
+        weights = {"pretrained": found, "new_classifier": cfg.new_classifier}
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = instantiate(cfg.data, _convert_="all")
     if rank_zero_only.rank == 0:  # mistakes in the data come to light before any run is started
         datamodule.prepare_data()
         datamodule.setup("fit")
     cfg.model.num_classes = datamodule.num_classes
-    net = build_network(cfg.model, cfg.condconv, datamodule.num_classes)
+    net = build_network(cfg.model, cfg.condconv, datamodule.num_classes, **weights)
     recipe = {key: instantiate(cfg.optim[key], _convert_="all") for key in ("optimizer", "schedule")}
     module = instantiate(cfg.task, _partial_=True)(net, datamodule.num_classes, **recipe)
     config = plain(cfg)

@@ -50,6 +50,17 @@ def check_eval(cfg: DictConfig) -> None:
     Raises:
         UserError: the first mistake found.
     """
+    if cfg.pretrained is not None:
+        if not OmegaConf.is_missing(cfg, "ckpt"):
+            raise UserError("ckpt= and pretrained= exclude each other: a checkpoint of train.py, or a file of weights.")
+        cfg.ckpt = None
+        if cfg.data.get("_target_") is None:
+            raise UserError("pretrained= needs a data set: data=digits, data=imagenet data.root=...")
+    else:
+        given = [key for key, value in cfg.condconv.items() if value is not None and key != "backend"]
+        if given or cfg.model.name is not None:
+            key = f"condconv.{given[0]}" if given else "model"
+            raise UserError(f"{key}= does not go with ckpt=: the network comes from the checkpoint's own config.")
     check_complete(cfg)
     check_seed(cfg)
     check_trainer(cfg.trainer)

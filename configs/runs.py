@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import yaml
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
@@ -68,6 +69,24 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if CONFIG_KEY not in checkpoint:
         checkpoint[CONFIG_KEY] = _config_beside(path)
     return checkpoint
+
+
+def adopt_normalization(cfg: DictConfig, normalization: str | None) -> None:
+    """Normalise images as the pretrained weights need it, unless `data.normalize=` was given on the command line."""
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
+    if normalization is not None and not any(override.startswith("data.normalize=") for override in given):
+        cfg.data.normalize = normalization
+
+
+def choose_data(given: DictConfig, saved: DictConfig) -> DictConfig:
+    """The data of the run, with the values given on the command line, or another data set altogether."""
+    if given.get("_target_") is not None:
+        return given
+    changes = {key: value for key, value in given.items() if value is not None}
+    unknown = [key for key in changes if key not in saved]
+    if unknown:
+        raise UserError(f"data.{unknown[0]}: the run's data set has no such setting; it has {', '.join(saved)}.")
+    return OmegaConf.merge(saved, changes)
 
 
 def resumed_config(folder: str | Path, overrides: Sequence[str] = ()) -> DictConfig:

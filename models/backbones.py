@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -15,8 +16,12 @@ from torch import nn
 from condconv.convert import Patterns, convert
 from condconv.patterns import matches
 from condconv.routing import check_routing
+from condconv.upcycle import UPCYCLES
+from models.freezing import freeze as freeze_part
 from models.initializers import INITIALIZERS
 from models.placements import BACKBONES, COMMON_PLACEMENTS, Backbone, Placement
+from models.pretrained import check_card, find_weights, load_weights
+from models.weights import Weights
 
 # timm's constructors that take multipliers; its public names fix them.
 _SCALED: Mapping[str, Callable[..., nn.Module]] = {
@@ -69,8 +74,12 @@ def create_model(
     pattern: Patterns | None = None,
     exclude: Patterns | None = None,
     timm_options: Mapping[str, Any] | None = None,
+    pretrained: str | Path | Weights | None = None,
+    new_classifier: bool = False,
+    init_noise: float = 0.1,
+    freeze: str = "none",
 ) -> nn.Module:
-    """Build a network with randomly initialised weights; nothing is downloaded.
+    """Build a network with randomly initialised weights, or with those of a file; nothing is downloaded unasked.
 
     Args:
         name: one of `list_backbones()`, or "timm" for any network of timm, see `arch`.
@@ -89,7 +98,8 @@ def create_model(
         temperature: of the routing function.
         backend: algorithm of the CondConv layers, one of `condconv.list_backends()` or "auto".
         init: "network" (experts are drawn by the network's own initialisation; for "timm" by the statistics of its
-            layers) or a name of `condconv.initializers.EXPERT_INITS`.
+            layers), "independent", or for static `pretrained` weights "upcycle" or "upcycle_neutral": the network's
+            output is that of the static one, see `condconv.upcycle`.
         width: multiplier of all channels, rounded to multiples of 8.
         depth: multiplier of the blocks of each stage, rounded up; not for mnasnet_a1.
         small_input: for images of about 32 pixels: the first two strides become 1, so that the network reduces its
@@ -103,17 +113,25 @@ def create_model(
             layers in them, e.g. "stages.3.blocks.*"; each match gets one router. May be left out with classifier=True.
         exclude: for name="timm": patterns of the ends of names of layers that stay static.
         timm_options: further arguments for timm's constructor, e.g. {"bn_eps": 1e-3, "pad_type": "same"}.
+        pretrained: weights, see `models.pretrained.find_weights`: ours, timm's CondConv networks (which bring
+            TensorFlow's padding and epsilon with them), or static ones, for `init="upcycle"` or `experts=0`.
+        new_classifier: leave the classifier of `pretrained` out, for data with other classes.
+        init_noise: of the experts of `init="upcycle"`, relative to them.
+        freeze: what is not trained, see `models.freezing`: "backbone", "experts" or "none".
 
     Returns:
-        The network, in training mode. A converted one has an attribute `conversion` that says what was converted.
+        The network, in training mode. A converted one has an attribute `conversion` that says what was converted, one
+        with `pretrained` weights an attribute `normalization`: the name of that of their images, None if not known.
 
     Raises:
-        ValueError: an unknown name or an impossible option.
+        ValueError: an unknown name or an impossible option, or weights that do not fit.
+        FileNotFoundError: there are no such weights.
     """
     _check_experts(experts)
     _check_numbers(num_classes=num_classes, width=width, depth=depth, in_chans=in_chans)
     check_routing(routing)  # here too, so that the static twin refuses the same mistakes
-    options = dict(timm_options or {})
+    weights = None if pretrained is None else find_weights(pretrained, name, experts, init)
+    options = {**({} if weights is None else weights.timm_options), **(timm_options or {})}
     options.update(num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate, drop_path_rate=drop_path_rate)
     if name == "timm":
         if width != 1.0 or depth != 1.0 or small_input or placement is not None:
@@ -127,7 +145,15 @@ def create_model(
         if small_input:
             _remove_early_strides(network, backbone)
     chosen = _choose(name, backbone, placement, from_block, last_blocks, layers, classifier, num_classes)
+    left_out = backbone.classifier if new_classifier else None
+    if weights is not None:
+        asked = {"name": name, "arch": arch, "width": width, "depth": depth, "small_input": small_input}
+        check_card(weights, {**asked, "routing": routing})
+        network.normalization = weights.normalization  # type: ignore[assignment]  # a name, not a submodule
+        if weights.is_static:
+            load_weights(network, weights, name, left_out)
     if experts == 0:
+        freeze_part(network, freeze, backbone.classifier if num_classes else "")
         return network
     initializer = init if init != "network" else INITIALIZERS.get(backbone.family, "independent")
     conversion = convert(
@@ -142,9 +168,12 @@ def create_model(
         expert_dropout=expert_dropout,
         temperature=temperature,
         backend=backend,
-        init=initializer,
+        init=replace(UPCYCLES[init], noise=init_noise) if init in UPCYCLES else initializer,
     )
     network.conversion = conversion  # type: ignore[assignment]  # a record, not a submodule
+    if weights is not None and not weights.is_static:
+        load_weights(network, weights, name, left_out)
+    freeze_part(network, freeze, backbone.classifier if num_classes else "")
     return network
 
 

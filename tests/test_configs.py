@@ -19,8 +19,8 @@ from train import register_resolvers
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GROUPS = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir() and not path.name.startswith("_"))
 # What a user has to give, and what eval.py alone uses.
-REQUIRED = {"data.root": "/images", "model.arch": "resnet18"}
-FOR_EVAL = {"data/as_trained"}
+REQUIRED = {"data.root": "/images", "model.arch": "resnet18", "pretrained": "static.pth"}
+FOR_EVAL = {"data/as_trained", "model/as_trained", "condconv/as_trained"}
 
 register_resolvers()
 
@@ -65,7 +65,7 @@ def test_eval_config_composes_and_needs_only_a_checkpoint() -> None:
 
 
 def test_every_backbone_has_a_config() -> None:
-    assert set(choices("model")) == {*list_backbones(), "timm"}
+    assert set(choices("model")) == {*list_backbones(), "timm", "as_trained"}
 
 
 def test_the_command_of_the_readme() -> None:

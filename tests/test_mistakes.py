@@ -136,7 +136,11 @@ EVAL_MISTAKES = {
     "bare weights": ("ckpt=weights.ckpt", "weights.ckpt", "no 'state_dict'"),
     "another's checkpoint": ("ckpt=foreign.ckpt", "foreign.ckpt", "holds no config"),
     "key misspelt": ("cpkt=text.ckpt", "Did you mean 'ckpt'?"),
-    "group of train.py": ("ckpt=text.ckpt condconv.experts=4", "no setting 'condconv"),
+    "group of train.py": ("ckpt=text.ckpt condconv.experts=4", "condconv.experts=", "comes from the checkpoint"),
+    "weights without data": ("pretrained=weights.ckpt model=resnet18", "pretrained= needs a data set", "data=digits"),
+    "weights and checkpoint": ("pretrained=weights.ckpt ckpt=text.ckpt", "exclude each other"),
+    "weights without model": ("pretrained=weights.ckpt data=digits", "weights.ckpt", "model="),
+    "weights of another net": ("pretrained=weights.ckpt data=digits model=resnet18 condconv.experts=0", "1 unknown"),
 }
 
 

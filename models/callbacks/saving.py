@@ -21,3 +21,5 @@ class SavedConfig(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[self.KEY] = self.config
+        # A network that leaves its run (export.py, predict.py) has no data to ask for them.
+        checkpoint["class_names"] = list(getattr(trainer.datamodule, "class_names", ()))

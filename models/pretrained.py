@@ -1,0 +1,153 @@
+"""Weights into a network, completely or not at all: published CondConv networks, our own files, static networks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from condconv.checkpoints import from_timm, load_complete
+from condconv.upcycle import UPCYCLES
+from models.weights import HUB, Weights, read_weights
+
+PUBLISHED: Mapping[tuple[str, int], str] = {
+    ("efficientnet_b0", 4): "timm/tf_efficientnet_cc_b0_4e.in1k",
+    ("efficientnet_b0", 8): "timm/tf_efficientnet_cc_b0_8e.in1k",
+    ("efficientnet_b0_depth", 8): "timm/tf_efficientnet_cc_b1_8e.in1k",  # depth 1.1, width 1.0: the paper's B0-depth
+}
+"""The authors' trained networks, converted by timm, by our name and number of experts."""
+
+# torchvision names the layers of these by position, in the order in which timm has them.
+_TORCHVISION_BY_POSITION = ("mobilenet_v2", "efficientnet_b0")
+
+
+def find_weights(pretrained: str | Path | Weights, name: str, experts: int, init: str) -> Weights:
+    """Read the weights that `create_model(pretrained=...)` asks for, and refuse those that cannot fit.
+
+    Args:
+        pretrained: as for `models.weights.read_weights`, or "published": the authors' weights of this network; or
+            weights that were read already.
+        name, experts, init: of the network that is to be built.
+
+    Raises:
+        FileNotFoundError: there are no such weights.
+        ValueError: they are of another network, or of a static one where experts are wanted, or the reverse.
+    """
+    if pretrained == "published":
+        if (name, experts) not in PUBLISHED:
+            known = ", ".join(f"{other} with {number} experts" for other, number in PUBLISHED)
+            raise ValueError(f"no weights of {name} with {experts} experts were published; there are {known}")
+        pretrained = f"{HUB}{PUBLISHED[name, experts]}"
+    weights = pretrained if isinstance(pretrained, Weights) else read_weights(pretrained)
+    if weights.is_static and experts and init not in UPCYCLES:
+        raise ValueError(
+            f"{weights.source} holds a static network: init={init!r} would leave its experts untrained. Give "
+            "init='upcycle' (condconv.init=upcycle), which keeps its output, or experts=0"
+        )
+    if not weights.is_static:
+        if init in UPCYCLES:
+            raise ValueError(f"{weights.source} has experts already; init={init!r} is for weights of static networks")
+        if weights.num_experts != experts:
+            raise ValueError(f"{weights.source} has {weights.num_experts} experts per layer, the network {experts}")
+    return weights
+
+
+def check_card(weights: Weights, asked: Mapping[str, Any]) -> None:
+    """Refuse a file of ours of another network than is asked for.
+
+    Raises:
+        ValueError: with the settings that differ.
+    """
+    if weights.card is None:
+        return
+    theirs = weights.card.model
+    keys = ("name", "arch", "width", "depth", "small_input") + (() if weights.is_static else ("routing",))
+    different = [
+        f"{key}={theirs[key]!r} in the file, {asked[key]!r} asked for"
+        for key in keys
+        if key in theirs and theirs[key] != asked[key]
+    ]
+    if different:
+        raise ValueError(f"{weights.source} is of another network, so nothing was loaded: {'; '.join(different)}")
+
+
+def for_evaluation(
+    pretrained: str, model: Mapping[str, Any], condconv: Mapping[str, Any]
+) -> tuple[Weights, dict[str, dict[str, Any]]]:
+    """Weights, and the config groups `model` and `condconv` of their network.
+
+    Args:
+        pretrained: see `find_weights`.
+        model, condconv: the groups as given, None where nothing was; a file of ours needs none, but may get a backend.
+
+    Raises:
+        FileNotFoundError: there are no such weights.
+        ValueError: the file does not say which network it is of, and no model is given; or they do not fit.
+    """
+    given = {key: value for key, value in condconv.items() if value is not None}
+    if model.get("name") is None:
+        weights = read_weights(pretrained)
+        if weights.card is None:
+            raise ValueError(
+                f"{pretrained} does not say which network it is of: add model=... and condconv.experts=..."
+            )
+        model, given = {**weights.card.model, "_target_": "models.create_model"}, {"backend": "auto", **given}
+        return weights, {"model": {"timm_options": {}, **model, **given}, "condconv": {}}
+    weights = find_weights(pretrained, str(model["name"]), given.get("experts", 8), given.get("init", "network"))
+    return weights, {"model": dict(model), "condconv": given}
+
+
+def load_weights(network: nn.Module, weights: Weights, name: str, new_classifier: str | None = None) -> None:
+    """Load into a network that is static or converted, as the weights are.
+
+    Args:
+        network: changed in place.
+        weights: whose every tensor must fit.
+        name: of the backbone.
+        new_classifier: name of a layer whose weights are left as they are, for other classes.
+
+    Raises:
+        ValueError: with the tensors that are missing, unknown or of another shape; nothing was loaded.
+    """
+    state: Mapping[str, Tensor] = weights.state
+    if weights.is_timm_condconv:
+        state = from_timm(state, network)
+    elif name in _TORCHVISION_BY_POSITION and "features.0.0.weight" in state:
+        state = _from_torchvision(state, network, weights.source)
+    if new_classifier is not None:
+        own = network.state_dict()
+        kept = {key: value for key, value in own.items() if key.startswith(f"{new_classifier}.")}
+        others = {key: value for key, value in state.items() if not key.startswith(f"{new_classifier}.")}
+        state = {**others, **kept}
+    load_complete(network, state, weights.source)
+
+
+def _from_torchvision(state: Mapping[str, Tensor], network: nn.Module, source: str) -> dict[str, Tensor]:
+    """The state dict of a torchvision network under timm's names: the same tensors in the same order."""
+    own = network.state_dict()
+    if len(own) != len(state):
+        raise ValueError(
+            f"{source} looks like a network of torchvision with {len(state)} tensors, the network has {len(own)}: "
+            "nothing was loaded"
+        )
+    return dict(zip(own, state.values(), strict=True))
+
+
+def open_network(weights: Weights) -> nn.Module:
+    """The network of a file of ours, built from its card, with its weights, in eval mode.
+
+    Raises:
+        ValueError: the file has no card (it is not ours), or its tensors do not fit.
+    """
+    from models.backbones import create_model  # which imports this file
+
+    if weights.card is None:
+        raise ValueError(
+            f"{weights.source} does not say which network it is of: it was not written by export.py, save_pretrained "
+            "or train.py. Build the network with create_model(name, ..., pretrained=<file>)"
+        )
+    network = create_model(**weights.card.model)
+    load_complete(network, weights.state, weights.source)
+    return network.eval()
