@@ -65,10 +65,12 @@ def test_cropping_to_live_taps_is_exact() -> None:
         (1, 3, 1, 2, 1),
         (1, 7, 3, 1, 1),
         (3, 7, 3, 1, 5),
+        (2, 4, 3, 2, 2),  # dilation 2: one live tap, and a dead one before it that keeps the padding symmetric
     ],
 )
 def test_number_of_live_taps(size: int, kernel: int, padding: int, stride: int, expected: int) -> None:
-    spec = ConvSpec((stride, stride), (padding, padding))
+    dilation = 2 if kernel == 4 else 1
+    spec = ConvSpec((stride, stride), (padding, padding), (dilation, dilation))
     for taps in live_taps((size, size), (kernel, kernel), spec):
         assert taps.stop - taps.start == expected
 
