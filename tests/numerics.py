@@ -1,4 +1,4 @@
-"""One way to compare numbers for all tests: RMS(error) / RMS(reference), per named tensor, tolerances per dtype in one table."""
+"""One way to compare numbers for all tests: RMS(error) / RMS(reference), tolerances per dtype in one table."""
 
 from __future__ import annotations
 
