@@ -78,6 +78,11 @@ DEPTHWISE = [
         {"dilation": (3, 3), "padding": (3, 3), "size": (2, 2)},
         {"padding": (1, 1), "size": (19, 19)},
         {"padding": (1, 1), "size": (35, 35), "stride": (2, 2), "batch": 2},
+        # A single output position, whose kernel gradient is a window of x.
+        {"size": (3, 3)},
+        {"size": (5, 5), "dilation": (2, 2)},
+        {"size": (4, 5), "stride": (3, 3)},
+        {"size": (3, 6), "dilation": (2, 2), "padding": (1, 0), "stride": (2, 3)},
         {"experts": 1, "batch": 5},
         {"batch": 0, "padding": (1, 1)},
     )
