@@ -103,10 +103,8 @@ def load_cache(path: Path, device: str) -> dict[str, dict[str, float]]:
     if not path.exists():
         return {}
     try:
-        entries = json.loads(path.read_text())[environment(device)]
+        entries = json.loads(path.read_text()).get(environment(device), {})
         return {str(problem): {str(k): float(v) for k, v in times.items()} for problem, times in entries.items()}
-    except KeyError:
-        return {}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         warnings.warn(f"The autotune cache {path} cannot be read ({error}): measuring anew.", stacklevel=2)
         return {}
@@ -118,8 +116,10 @@ def save_cache(path: Path, device: str, measurements: list[Measurement]) -> None
         everything = json.loads(path.read_text()) if path.exists() else {}
     except (OSError, ValueError):
         everything = {}
-    entries = everything.setdefault(environment(device), {})
-    entries.update({str(m.problem): m.time_ms for m in measurements})
+    if not isinstance(everything, dict):
+        everything = {}
+    kept = load_cache(path, device) if environment(device) in everything else {}
+    everything[environment(device)] = kept | {str(m.problem): m.time_ms for m in measurements}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:

@@ -1,0 +1,152 @@
+"""The choice of a backend: the rule, its explanation, measurements and their cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import condconv
+from condconv import CondConv2d, CondLinear
+from condconv.ops import autotune as measuring
+from condconv.ops.choice import choose, forget, rule
+from condconv.ops.registry import BACKENDS
+from condconv.ops.spec import ConvSpec, Problem
+
+
+@pytest.fixture(autouse=True)
+def no_measurements() -> Iterator[None]:
+    forget()
+    yield
+    forget()
+
+
+def problem(size: int = 7, batch: int = 16, kernel: int = 1, groups: int = 1, **changes: object) -> Problem:
+    spec = ConvSpec((1, 1), (kernel // 2, kernel // 2), (1, 1), groups)
+    base = Problem(
+        batch, 12, (size, size), 12, (kernel, kernel), 4, spec, torch.float32, torch.float32, "cpu", True, True
+    )
+    return replace(base, **changes)
+
+
+def net() -> nn.Module:
+    return nn.Sequential(
+        CondConv2d(3, 6, 3, num_experts=2), nn.BatchNorm2d(6), nn.Flatten(2), nn.AdaptiveAvgPool1d(1), nn.Flatten(),
+        CondLinear(6, 4, num_experts=2),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [
+        (problem(1), "mixture"),
+        (problem(1, kernel=5), "mixture"),  # one live tap: a pointwise layer
+        (problem(2, batch=64), "mixture"),
+        (problem(2, batch=4), "gemm"),
+        (problem(7), "gemm"),
+        (problem(14, kernel=3), "gemm"),
+        (problem(7, kernel=3, groups=12), "depthwise"),
+        (problem(1, kernel=3, groups=12), "depthwise"),
+        (problem(7, kernel=3, groups=3), "grouped"),
+    ],
+)
+def test_rule(case: Problem, backend: str) -> None:
+    assert rule(case).backend == backend
+    assert BACKENDS[backend].supports(case) is None
+    assert choose(case) == rule(case)
+    assert rule(case).reason
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 14, 56])
+@pytest.mark.parametrize("groups", [1, 3, 12])
+def test_a_gpu_gets_no_triton_kernel_by_rule(size: int, groups: int) -> None:
+    choice = rule(problem(size, batch=256, kernel=3, groups=groups, device="cuda", dtype=torch.bfloat16))
+    assert not choice.backend.startswith("triton")
+
+
+def test_explain_lists_each_layer_and_leaves_the_network_alone() -> None:
+    model, x = net().train(), torch.randn(5, 3, 9, 9)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    explanation = condconv.explain(model, x)
+    assert [choice.layer for choice in explanation.layers] == ["0", "5"]
+    assert explanation.layers[0].problem.batch == 5 and explanation.layers[0].problem.training
+    assert explanation.layers[1].backend == "mixture"
+    assert "7x7" not in str(explanation) and "9x9" in str(explanation) and "3 -> 6" in str(explanation)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert not condconv.explain(model.eval(), x).layers[0].problem.training
+
+
+def test_explain_needs_a_layer_with_backend_auto() -> None:
+    with pytest.raises(ValueError, match="no CondConv layer"):
+        condconv.explain(nn.Conv2d(3, 4, 1), torch.randn(1, 3, 4, 4))
+    with pytest.raises(ValueError, match='backend="auto"'):
+        condconv.explain(CondConv2d(3, 4, 1, backend="gemm"), torch.randn(1, 3, 4, 4))
+
+
+def test_autotune_measures_remembers_and_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, model, x = tmp_path / "deep" / "autotune.json", net(), torch.randn(3, 3, 9, 9)
+    explanation = condconv.autotune(model, x, cache=cache, repeats=1)
+    for choice in explanation.layers:
+        assert set(choice.time_ms) == {backend.name for backend in measuring.candidates(choice.problem)}
+        assert choice.backend == min(choice.time_ms, key=choice.time_ms.__getitem__)
+        assert choose(choice.problem).backend == choice.backend
+        assert choose(choice.problem).reason == "measured by autotune"
+    assert " ms" in str(explanation)
+    entries = json.loads(cache.read_text())[measuring.environment("cpu")]
+    assert len(entries) == 2
+
+    def fail(*args: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(measuring, "measure", fail)
+    forget()
+    again = condconv.autotune(model, x, cache=cache)
+    assert [c.time_ms for c in again.layers] == [c.time_ms for c in explanation.layers]
+    with pytest.raises(AssertionError, match="measured again"):
+        condconv.autotune(model, x[:2], cache=cache)
+
+
+def test_measurements_hold_for_one_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "autotune.json"
+    condconv.autotune(net(), torch.randn(2, 3, 5, 5), cache=cache, repeats=1)
+    monkeypatch.setattr(measuring, "environment", lambda device: "another machine")
+    assert measuring.load_cache(cache, "cpu") == {}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"%s": [1]}'])
+def test_a_broken_cache_is_measured_anew_with_a_warning(tmp_path: Path, text: str) -> None:
+    cache = tmp_path / "autotune.json"
+    cache.write_text(text.replace("%s", measuring.environment("cpu")))
+    with pytest.warns(UserWarning, match="cannot be read"):
+        assert condconv.autotune(net(), torch.randn(2, 3, 5, 5), cache=cache, repeats=1).layers
+    assert measuring.load_cache(cache, "cpu")
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="cannot be written"):
+        assert condconv.autotune(net(), torch.randn(2, 3, 5, 5), cache=tmp_path / "file" / "x.json", repeats=1).layers
+
+
+def test_the_measured_backend_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    layer, x = CondConv2d(4, 4, 3, num_experts=2), torch.randn(2, 4, 6, 6)
+    expected = layer(x)
+    condconv.autotune(layer, x, cache=tmp_path / "cache.json", repeats=1)
+    assert torch.allclose(layer(x), expected, atol=1e-6)
+
+
+def test_debug_mode_names_examples_with_routing_that_is_not_finite() -> None:
+    x, weight = torch.randn(3, 2, 4, 4), torch.randn(2, 2, 2, 1, 1)
+    routing = torch.tensor([[1.0, 1.0], [1.0, torch.nan], [torch.inf, 0.0]])
+    assert condconv.condconv2d(x, routing, weight).shape == (3, 2, 4, 4)
+    condconv.set_debug(True)
+    try:
+        with pytest.raises(ValueError, match=r"examples \[1, 2\] are not finite"):
+            condconv.condconv2d(x, routing, weight)
+    finally:
+        condconv.set_debug(False)
