@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from condconv.layers import CondConv2d, CondLinear
 from condconv.padding import Conv2dSameTF
+from condconv.recording import record_layers
 from condconv.sharing import RoutingUnit, detach, is_unit
 
 CondLayer = CondConv2d | CondLinear
@@ -91,24 +92,13 @@ def routing_moments(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Ro
     """
     layers = _cond_layers(model)
     moments = {name: RoutingMoments(layer.num_experts) for name, layer in layers.items()}
-    by_layer = {layer: moments[name] for name, layer in layers.items()}
-
-    def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        assert isinstance(layer, CondConv2d | CondLinear)
-        x = args[0]
-        channels_second = x if isinstance(layer, CondConv2d) or x.dim() == 2 else x.movedim(-1, 1)
-        given = args[1] if len(args) > 1 else kwargs.get("routing_weights")
-        by_layer[layer].update(layer._routing_weights(channels_second, given))
-
-    handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers.values()]
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        for batch in batches:
-            model(batch)
+        with record_layers(model, lambda name, routing_NE: moments[name].update(routing_NE)):
+            for batch in batches:
+                model(batch)
     finally:
-        for handle in handles:
-            handle.remove()
         for module, mode in modes.items():
             module.training = mode
     missed = [name for name, moment in moments.items() if not moment.num_examples]

@@ -100,8 +100,8 @@ def check_condconv(cfg: DictConfig) -> None:
         raise UserError(
             f"condconv.experts={experts}: expected a whole number from 0 (the static network) to {MOST_EXPERTS}."
         )
-    _choice("condconv.routing", cfg.routing, list(ROUTINGS))
-    _choice("condconv.backend", cfg.backend, list(condconv.list_backends()))
+    check_choice("condconv.routing", cfg.routing, list(ROUTINGS))
+    check_choice("condconv.backend", cfg.backend, list(condconv.list_backends()))
     for key in ("dropout", "expert_dropout"):
         _number(cfg, key, "at least 0 and below 1", lambda x: 0 <= x < 1, prefix="condconv.")
     _number(cfg, "temperature", "a number above 0", lambda x: 0 < x < math.inf, prefix="condconv.")
@@ -121,7 +121,7 @@ def check_trainer(cfg: DictConfig) -> None:
         _whole(cfg, "max_epochs", 1, "trainer.")
     else:
         _whole(cfg, "max_steps", 1, "trainer.")
-    _choice("trainer.accelerator", cfg.accelerator, ["auto", "cpu", "gpu", "cuda", "mps", "tpu"])
+    check_choice("trainer.accelerator", cfg.accelerator, ["auto", "cpu", "gpu", "cuda", "mps", "tpu"])
     _whole(cfg, "devices", 1, "trainer.")
     gpus = torch.cuda.device_count()
     if cfg.accelerator in ("gpu", "cuda") and gpus == 0:
@@ -148,7 +148,8 @@ def check_writable(folder: Path) -> None:
         raise UserError(f"Cannot write to the output folder {folder}. Set paths.outputs=...")
 
 
-def _choice(key: str, value: Any, choices: list[str]) -> None:
+def check_choice(key: str, value: Any, choices: list[str]) -> None:
+    """A value that must be one of a few names."""
     if value not in choices:
         hint = did_you_mean(str(value), choices)
         raise UserError(f"{key}={value}: there is no such choice. {hint}Choose one of: {', '.join(choices)}.")

@@ -12,6 +12,8 @@ from condconv.checkpoints import load_complete
 from models.backbones import create_model
 from models.weights import CONFIG_FILE, HUB, WEIGHTS_FILE, Card, Weights, read_weights, save_weights
 
+_ARGUMENTS = ("model", "normalization", "image_size", "crop_fraction", "interpolation", "class_names")
+
 
 class HubNetwork(
     nn.Module,
@@ -29,6 +31,7 @@ class HubNetwork(
         model: arguments of `models.create_model`.
         normalization: of the images, a name of `data.transforms.NORMALIZATIONS`.
         image_size: in pixels.
+        crop_fraction, interpolation: of the evaluation crop.
         class_names: in the order of the outputs, or none.
     """
 
@@ -37,10 +40,13 @@ class HubNetwork(
         model: dict[str, Any],
         normalization: str = "imagenet",
         image_size: int = 224,
+        crop_fraction: float = 0.875,
+        interpolation: str = "bicubic",
         class_names: list[str] | None = None,
     ) -> None:
         super().__init__()
-        self.card = Card(dict(model), normalization, image_size, tuple(class_names or ()))
+        names = tuple(class_names or ())
+        self.card = Card(dict(model), normalization, image_size, crop_fraction, interpolation, names)
         self.net = create_model(**model)
 
     @classmethod
@@ -53,7 +59,7 @@ class HubNetwork(
         card = weights.card
         if card is None:
             raise ValueError(f"{weights.source} does not say which network it is of")
-        network = cls(card.model, card.normalization, card.image_size, list(card.class_names))
+        network = cls(**{key: value for key, value in card.to_dict().items() if key in _ARGUMENTS})
         load_complete(network.net, weights.state, weights.source)
         return network.eval()
 
@@ -87,6 +93,6 @@ class HubNetwork(
         given = {**weights.card.to_dict(), **options}
         if given["model"] != weights.card.model:
             raise ValueError(f"{CONFIG_FILE} and {WEIGHTS_FILE} of {model_id} describe different networks")
-        network = cls(given["model"], given["normalization"], given["image_size"], list(given["class_names"]))
+        network = cls(**{key: given[key] for key in _ARGUMENTS})
         load_complete(network.net, weights.state, model_id)
         return network.eval().to(map_location)

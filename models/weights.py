@@ -43,6 +43,7 @@ class Card:
         model: arguments of `models.create_model` that build the network.
         normalization: of its images, a name of `data.transforms.NORMALIZATIONS`.
         image_size: side of its images in pixels.
+        crop_fraction, interpolation: of the evaluation crop, see `data.transforms.eval_transform`.
         class_names: in the order of the outputs; may be empty.
         averaged: whether these are the weights' moving average.
         version: of this library.
@@ -52,6 +53,8 @@ class Card:
     model: dict[str, Any]
     normalization: str = "imagenet"
     image_size: int = 224
+    crop_fraction: float = 0.875
+    interpolation: str = "bicubic"
     class_names: tuple[str, ...] = ()
     averaged: bool = False
     version: str = condconv.__version__
@@ -64,8 +67,10 @@ class Card:
         settings = {**config["model"], **config["condconv"]}
         model = {key: value for key, value in settings.items() if key not in _NOT_THE_NETWORK}
         data = config["data"]
+        # Small images are resized as a whole, those of folders cropped.
+        crop, mode = data.get("crop_fraction", 1.0), data.get("interpolation", "bicubic")
         names = tuple(checkpoint.get("class_names") or ())
-        return cls(model, data["normalize"], data["image_size"], names, averaged)
+        return cls(model, data["normalize"], data["image_size"], crop, mode, names, averaged)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str) -> Card:
@@ -131,7 +136,8 @@ def save_weights(path: str | Path, state: Mapping[str, Tensor], card: Card) -> P
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.tmp")
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
-    safetensors.torch.save_file(tensors, unfinished, {"format": "pt", CARD_KEY: json.dumps(card.to_dict())})
+    # Not save_file, whose files nobody but their owner may read.
+    unfinished.write_bytes(safetensors.torch.save(tensors, {"format": "pt", CARD_KEY: json.dumps(card.to_dict())}))
     os.replace(unfinished, path)
     return path
 

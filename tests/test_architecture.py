@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("condconv", "models", "data", "configs")
-ENTRY_POINTS = ("train.py", "eval.py")
+ENTRY_POINTS = ("train.py", "eval.py", "export.py", "predict.py")
 
 # What each room may import of this repository; whatever is missing here is forbidden.
 ALLOWED_ROOMS = {
@@ -24,8 +24,10 @@ ALLOWED_ROOMS = {
     "configs": {"condconv", "configs"},
     "train.py": {"condconv", "models", "data", "configs"},
     "eval.py": {"condconv", "models", "data", "configs", "train"},
+    "export.py": {"condconv", "models", "data", "configs"},
+    "predict.py": {"condconv", "models", "data", "configs", "export"},
 }
-FIRST_PARTY = {*ROOMS, "train", "eval", "tests", "benchmarks", "docs"}
+FIRST_PARTY = {*ROOMS, "train", "eval", "export", "predict", "tests", "benchmarks", "docs"}
 # Names that importing and distributing spell differently.
 DISTRIBUTION = {"hydra": "hydra-core", "sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml", "triton": "torch"}
 

@@ -15,7 +15,7 @@ SETTINGS = {"name": "mobilenet_v1", "num_classes": 3, "experts": 2, "width": 0.2
 
 
 def test_a_folder_gives_the_network_back(tmp_path: Path) -> None:
-    network = HubNetwork(SETTINGS, "half", 32, ["cat", "dog", "owl"]).eval()
+    network = HubNetwork(SETTINGS, "half", 32, class_names=["cat", "dog", "owl"]).eval()
     network.save_pretrained(tmp_path / "net")
     assert {"config.json", "model.safetensors", "README.md"} <= {path.name for path in (tmp_path / "net").iterdir()}
     again = HubNetwork.from_pretrained(tmp_path / "net")

@@ -137,9 +137,11 @@ def test_static_weights_need_a_way_to_become_experts(tmp_path: Path) -> None:
 def test_our_files_say_which_network_they_are_of(tmp_path: Path) -> None:
     settings = {"name": "mobilenet_v1", "num_classes": 10, "experts": 2, "width": 0.25, "routing": "softmax"}
     network = create_model(**settings)
-    path = save_weights(tmp_path / "net.safetensors", network.state_dict(), Card(settings, "half", 32, tuple("abc")))
+    path = save_weights(
+        tmp_path / "net.safetensors", network.state_dict(), Card(settings, "half", 32, class_names=tuple("abc"))
+    )
     weights = read_weights(path)
-    assert weights.card == Card(settings, "half", 32, ("a", "b", "c")) and weights.normalization == "half"
+    assert weights.card == Card(settings, "half", 32, class_names=("a", "b", "c")) and weights.normalization == "half"
     again = create_model(**settings, pretrained=path)
     assert all(torch.equal(value, network.state_dict()[key]) for key, value in again.state_dict().items())
     with pytest.raises(ValueError, match=r"is of another network.*width=0\.25 in the file, 1\.0 asked for"):

@@ -1,0 +1,34 @@
+"""The routing weights that each CondConv layer gets, wherever they come from: its block, its own router, its caller."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from condconv.layers import CondConv2d, CondLinear
+
+
+@contextmanager
+def record_layers(model: nn.Module, receive: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While open, every forward pass calls `receive(layer name, routing weights [N, E])` for each CondConv layer.
+
+    A layer's own router runs once more for it; that of a block does not.
+    """
+    names = {m: name for name, m in model.named_modules() if isinstance(m, CondConv2d | CondLinear)}
+
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert isinstance(layer, CondConv2d | CondLinear)
+        x = args[0]
+        channels_second = x if isinstance(layer, CondConv2d) or x.dim() == 2 else x.movedim(-1, 1)
+        given = args[1] if len(args) > 1 else kwargs.get("routing_weights")
+        receive(names[layer], layer._routing_weights(channels_second, given))
+
+    handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
