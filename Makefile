@@ -55,8 +55,9 @@ format: $(STAMP) ## repair style and formatting in place
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(STAMP) ## measure the backends on this machine
-	@$(BIN)/python -m benchmarks.backends $(ARGS)
+bench: $(STAMP) ## measure networks and layers on this machine (ARGS=--quick to see it work); an interrupted run continues
+	@$(BIN)/python -m benchmarks.networks $(ARGS)
+	@$(BIN)/python -m benchmarks.layers $(ARGS)
 
 docs: $(STAMP) ## redraw the picture and recompute the table of README.md
 	@$(BIN)/python docs/figures/make_idea.py

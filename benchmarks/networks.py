@@ -1,0 +1,129 @@
+"""Whole networks: static, CondConv, and timm's CondConv, in turns in one run; training steps, inference, peak memory.
+
+    python -m benchmarks.networks                       # the issue's rows, then every backbone
+    python -m benchmarks.networks --preset issue3
+    python -m benchmarks.networks --backbones resnet18 --batch-sizes 1 64 --image-size 32
+
+A training step is forward, backward, SGD with momentum and zero_grad. "timm" is its `efficientnet_cc_b0_8e` for
+EfficientNet-B0 with 8 experts, elsewhere its CondConv2d in the place of ours. Before anything is timed, ours is
+compared with the float64 oracle and timm's with ours, outputs and (for training) all gradients. An interrupted run
+continues where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from collections.abc import Callable
+
+import torch
+
+from benchmarks import network_tables, plots
+from benchmarks.contenders import OURS, STATIC, TIMM, Trio
+from benchmarks.network_gates import gate
+from benchmarks.presets import Case, issue3, of_backbones
+from benchmarks.report import Report, Row, add_common_options, output_folder
+from benchmarks.timing import failure, time_in_turns
+from models import list_backbones
+
+MIN_ROUNDS = {False: 5, True: 1}
+
+
+class Networks:
+    """The networks of the last case, kept while the next one needs the same: building them takes seconds."""
+
+    def __init__(self) -> None:
+        self.trio: Trio | None = None
+
+    def of(self, case: Case) -> Trio:
+        key = (case.backbone, case.experts, case.device)
+        if self.trio is None or self.trio.key != key:
+            self.trio = None  # frees the old ones before the new ones are made
+            gc.collect()
+            self.trio = Trio(*key)
+        return self.trio
+
+
+def measure(case: Case, networks: Networks, quick: bool) -> Row:
+    """Gate, peak memory and times of all contenders of one case; a contender that fails gets a note, not a time."""
+    row: Row = case.as_json()
+    try:
+        trio = networks.of(case)
+        images, labels = case.batch_of_images()
+        errors, notes = gate(trio, case, images)
+        row |= {"titles": trio.titles, "errors": errors, "notes": notes}
+        workloads = {name: trio.workload(name, case, images, labels) for name in trio.names if name not in notes}
+        if case.training:
+            row["peak_mb"] = {}
+            for name in list(workloads):
+                try:
+                    row["peak_mb"][name] = trio.peak_mb(name, case, workloads[name])
+                except (RuntimeError, MemoryError) as error:
+                    notes[name] = failure(error)
+                    del workloads[name]
+        times, failed = time_in_turns(workloads, case.device, case.budget_s, MIN_ROUNDS[quick] if case.targets else 3)
+        notes |= failed
+    except (RuntimeError, ValueError, MemoryError) as error:
+        networks.trio = None
+        return row | {"error": failure(error)}
+    row["times"] = {name: timing.as_json() for name, timing in times.items()}
+    row["over"] = {
+        f"{a}/{b}": times[a].over(times[b]) for a, b in ((OURS, STATIC), (OURS, TIMM), (TIMM, STATIC))
+        if a in times and b in times
+    }  # fmt: skip
+    return row
+
+
+def chosen_cases(args: argparse.Namespace) -> list[Case]:
+    """What the options ask for; a case that is in several presets comes once, with its targets."""
+    if args.quick:
+        backbones, sizes = args.backbones or ["mobilenet_v2"], args.batch_sizes or [2]
+        return of_backbones(backbones, args.device, sizes, args.image_size or 32, args.experts, args.dtype, 0.2)
+    found: list[Case] = []
+    custom = args.backbones or args.batch_sizes or args.image_size
+    if args.preset in ("issue3", "all") and not custom:
+        found += issue3(args.device)
+    if args.preset in ("backbones", "all") or custom:
+        sizes = args.batch_sizes or ([1, 256] if args.device == "cuda" else [1, 16])
+        backbones = args.backbones or list(list_backbones())
+        found += of_backbones(backbones, args.device, sizes, args.image_size or 224, args.experts, args.dtype, 12.0)
+    unique: dict[str, Case] = {}
+    for case in found:
+        unique.setdefault(case.id, case)  # the first one, which may have targets, wins
+    # Cases of the same networks stand together.
+    order = list(dict.fromkeys((case.backbone, case.experts) for case in found))
+    return sorted(unique.values(), key=lambda case: order.index((case.backbone, case.experts)))
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=["all", "issue3", "backbones"], default="all")
+    parser.add_argument("--backbones", nargs="+", choices=list_backbones(), metavar="NAME", help="instead of a preset")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, metavar="N", help="1 16 on a CPU, 1 256 on CUDA")
+    parser.add_argument("--image-size", type=int)
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="bfloat16 is autocast (default on CUDA)")
+    add_common_options(parser)
+    args = parser.parse_args(arguments)
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures, writes JSON, Markdown and a plot."""
+    args = parse(arguments)
+    report = Report("networks", args.device, output_folder(args), network_tables.render, args.fresh)
+    networks = Networks()
+
+    def bind(case: Case) -> Callable[[], Row]:
+        return lambda: measure(case, networks, args.quick)
+
+    torch.manual_seed(0)
+    report.run([(case.id, bind(case)) for case in chosen_cases(args)], network_tables.line)
+    for name, groups in network_tables.plotted(report.rows).items():
+        plots.bars(report.path.with_name(f"{report.path.stem}-{name.replace(' ', '-')}.svg"), name, groups)
+    print(report.path.with_suffix(".md"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Times in turns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from benchmarks.timing import Timing, failure, time_in_turns
+
+
+def test_contenders_take_turns_and_slow_ones_leave_first() -> None:
+    order: list[str] = []
+
+    def contender(name: str, seconds: float) -> Callable[[], None]:
+        def run() -> None:
+            order.append(name)
+            time.sleep(seconds)
+
+        return run
+
+    functions = {"fast": contender("fast", 0.002), "slow": contender("slow", 0.04)}
+    times, failed = time_in_turns(functions, "cpu", budget_s=0.1, min_rounds=2)
+    assert not failed
+    assert len(times["slow"].rounds_ms) == 2
+    assert len(times["fast"].rounds_ms) > 2
+    measured = order[-len(times["fast"].rounds_ms) - 2 :]
+    assert measured[:4] == ["fast", "slow", "fast", "slow"]
+    assert set(measured[4:]) == {"fast"}
+    assert times["slow"].median_ms > times["fast"].median_ms
+
+
+def test_a_failure_is_noted_and_the_others_go_on() -> None:
+    def broken() -> None:
+        raise RuntimeError("no kernel\nfor this")
+
+    times, failed = time_in_turns({"broken": broken, "fine": lambda: None}, "cpu", 0.01)
+    assert failed == {"broken": "no kernel"}
+    assert set(times) == {"fine"}
+    assert failure(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")) == "out of memory"
+
+
+def test_ratios_are_of_medians_with_the_spread_of_rounds() -> None:
+    ours, static = Timing((2.0, 4.0, 9.0)), Timing((1.0, 4.0, 3.0))
+    assert ours.over(static) == {"ratio": 4.0 / 3.0, "min": 1.0, "max": 3.0}
+    assert ours.as_json() == {"median_ms": 4.0, "min_ms": 2.0, "max_ms": 9.0, "rounds": 3}
