@@ -89,16 +89,16 @@ _workspace = _Workspace()
 
 
 def plan_tiles(
-    batch: int, out_channels: int, weights_per_channel: int, groups: int, itemsize: int, budget_bytes: int
+    batch: int, out_channels: int, weights_per_channel: int, split_channels: bool, itemsize: int, budget_bytes: int
 ) -> list[_Tile]:
     """Tiles of (examples, output channels) whose mixed kernels fit in the budget.
 
     Each holds at least one example and 32 output channels.
-    Output channels are split first, and only without groups; what is then still too large is split over examples.
+    Output channels are split first, where they may be; what is then still too large is split over examples.
     """
     budget = max(1, budget_bytes // itemsize)
     channel_step = out_channels
-    if groups == 1:
+    if split_channels:
         fitting = budget // max(1, batch * weights_per_channel)
         channel_step = min(out_channels, max(32, fitting // 16 * 16))
     example_step = min(batch, max(1, budget // max(1, channel_step * weights_per_channel)))
@@ -112,7 +112,9 @@ def plan_tiles(
 class _Mixer:
     """Mixed kernels of one tile after another, and the way back from their gradients to routing and experts."""
 
-    def __init__(self, x_NCHW: Tensor, routing_NE: Tensor, weight_EKCRS: Tensor, spec: ConvSpec, budget: int) -> None:
+    def __init__(
+        self, x_NCHW: Tensor, routing_NE: Tensor, weight_EKCRS: Tensor, split_channels: bool, budget: int
+    ) -> None:
         self.dtype = mixing_dtype(x_NCHW, routing_NE, weight_EKCRS)
         self.compute_dtype = x_NCHW.dtype
         self.routing_NE = routing_NE.to(self.dtype)
@@ -122,7 +124,7 @@ class _Mixer:
         budget = budget or AUTOMATIC_WORKSPACE_BYTES.get(x_NCHW.device.type, 4 << 20)
         itemsize = torch.finfo(self.dtype).bits // 8
         self.tiles = plan_tiles(
-            x_NCHW.shape[0], weight_EKCRS.shape[1], self.weights_per_channel, spec.groups, itemsize, budget
+            x_NCHW.shape[0], weight_EKCRS.shape[1], self.weights_per_channel, split_channels, itemsize, budget
         )
 
     def _columns(self, tile: _Tile) -> slice:
@@ -174,7 +176,7 @@ def forward(
     size_HW = (x_NCHW.shape[2], x_NCHW.shape[3])
     weight_EKCRS, spec, _ = crop_to_live_taps(weight_EKCRS, size_HW, spec)
     kernel_RS = (weight_EKCRS.shape[3], weight_EKCRS.shape[4])
-    mixer = _Mixer(x_NCHW, routing_NE, weight_EKCRS, spec, workspace_bytes)
+    mixer = _Mixer(x_NCHW, routing_NE, weight_EKCRS, spec.groups == 1, workspace_bytes)
     y_NKPQ = torch.empty(
         (x_NCHW.shape[0], weight_EKCRS.shape[1], *spec.output_size(size_HW, kernel_RS)),
         dtype=x_NCHW.dtype,
@@ -202,8 +204,10 @@ def backward(
     full_shape = weight_EKCRS.shape
     weight_EKCRS, spec, where = crop_to_live_taps(weight_EKCRS, (x_NCHW.shape[2], x_NCHW.shape[3]), spec)
     kernel_RS = (weight_EKCRS.shape[3], weight_EKCRS.shape[4])
-    mixer = _Mixer(x_NCHW, routing_NE, weight_EKCRS, spec, workspace_bytes)
     need_x, need_routing, need_weight = needs
+    # The input gradient is a sum over tiles of output channels, which half precision must not accumulate.
+    half = x_NCHW.dtype != mixing_dtype(x_NCHW, routing_NE, weight_EKCRS)
+    mixer = _Mixer(x_NCHW, routing_NE, weight_EKCRS, spec.groups == 1 and not (half and need_x), workspace_bytes)
     grad_x = torch.empty_like(x_NCHW) if need_x else None
     grad_routing = torch.zeros_like(mixer.routing_NE) if need_routing else None
     grad_weight = mixer.weight_EM.new_empty(mixer.weight_EM.shape, dtype=mixer.dtype) if need_weight else None

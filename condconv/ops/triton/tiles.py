@@ -115,7 +115,7 @@ def forward(
     routing_NE, weight_EKTC = routing_NE.float().contiguous(), taps_before_channels(weight_EKCRS)
     _, out_channels, taps, channels = weight_EKTC.shape
     budget = workspace_budget(workspace_bytes, x_NCHW.device)
-    tiles = plan_tiles(x_NCHW.shape[0], out_channels, taps * channels, spec.groups, x_NCHW.element_size(), budget)
+    tiles = plan_tiles(x_NCHW.shape[0], out_channels, taps * channels, spec.groups == 1, x_NCHW.element_size(), budget)
     space = workspace(x_NCHW, tiles, taps * channels)
     for tile in tiles:
         kernel_nP = space(tile)
@@ -175,7 +175,7 @@ def _input_gradient(
     """Tiles of (examples, input channels): each writes its own part of the gradient."""
     experts, out_channels, taps, channels = weight_EKTC.shape
     batch, itemsize = grad_x_NCHW.shape[0], grad_x_NCHW.element_size()
-    tiles = plan_tiles(batch, channels, out_channels * taps, call.spec.groups, itemsize, budget)
+    tiles = plan_tiles(batch, channels, out_channels * taps, call.spec.groups == 1, itemsize, budget)
     space = workspace(grad_x_NCHW, tiles, out_channels * taps)
     for tile in tiles:
         kernel_nP = space(tile)
@@ -201,7 +201,7 @@ def _expert_gradients(
     """Adds to `grad_routing_NE`; returns the experts' gradient, in float32 if it is a sum over several tiles."""
     experts, out_channels, taps, channels = weight_EKTC.shape
     batch = x_NCHW.shape[0]
-    tiles = plan_tiles(batch, out_channels, taps * channels, call.spec.groups, x_NCHW.element_size(), budget)
+    tiles = plan_tiles(batch, out_channels, taps * channels, call.spec.groups == 1, x_NCHW.element_size(), budget)
     grad_EKTC = None
     if need_weight:
         in_one_go = all(tile.examples == slice(0, batch) for tile in tiles)

@@ -155,7 +155,7 @@ def test_any_workspace_gives_the_same(backend: str, case: Case, workspace_bytes:
 
 
 def test_small_workspaces_make_many_tiles() -> None:
-    tiles = chunked.plan_tiles(5, 70, 27, 1, 8, 1000)
+    tiles = chunked.plan_tiles(5, 70, 27, True, 8, 1000)
     assert len(tiles) > 5
     seen = torch.zeros(5, 70, dtype=torch.int64)
     for tile in tiles:

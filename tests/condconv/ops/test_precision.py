@@ -137,3 +137,21 @@ def test_layers_with_their_routers_in_low_precision(kind: str, mode: str, dtype:
         assert reference.grad is not None, name
         assert parameter.grad.dtype == parameter.dtype
         assert_close(parameter.grad, reference.grad, name, dtype)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_half_precision_never_accumulates_the_input_gradient(dtype: torch.dtype) -> None:
+    """A workspace of any size gives the same rounding: tiles of output channels would add up half-precision sums."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 8, 3, 3, generator=generator), torch.randn(3, 1024, 8, 1, 1, generator=generator)
+    routing, grad_y = torch.rand(2, 3, generator=generator), torch.randn(2, 1024, 3, 3, generator=generator).to(dtype)
+    grads = []
+    for workspace_bytes in (1000, 1 << 30):
+        leaf = x.to(dtype).requires_grad_()
+        y = condconv2d(leaf, routing, weight.to(dtype), backend="gemm", workspace_bytes=workspace_bytes)
+        grads.append(torch.autograd.grad(y, leaf, grad_y)[0].double())
+    exact = x.double().requires_grad_()
+    y = condconv2d(exact, routing.double(), weight.to(dtype).double(), backend="reference")
+    expected = torch.autograd.grad(y, exact, grad_y.double())[0]
+    small, large = ((grad - expected).square().mean().sqrt() for grad in grads)
+    assert small <= 1.2 * large
