@@ -1,0 +1,139 @@
+"""export.py and predict.py as a user calls them, on one small checkpoint."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import export as export_module
+import predict as predict_module
+from configs.messages import run_as_command
+from models import create_model
+from models.hub import HubNetwork
+from models.weights import read_weights
+
+MODEL = {"_target_": "models.create_model", "name": "efficientnet_b0", "num_classes": 3, "width": 1.0}
+CONDCONV = {"experts": 2, "routing": "fc", "init": "network"}
+DATA = {"normalize": "half", "image_size": 32, "crop_fraction": 0.875}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(2)
+    net = create_model("efficientnet_b0", 3, 2).train()
+    with torch.no_grad():
+        net(torch.randn(8, 3, 32, 32))
+    path = tmp_path_factory.mktemp("run") / "last.ckpt"
+    torch.save(
+        {
+            "state_dict": {f"net.{name}": value for name, value in net.state_dict().items()},
+            "config": {"model": MODEL, "condconv": CONDCONV, "data": DATA},
+            "class_names": ["cat", "dog", "owl"],
+        },
+        path,
+    )
+    return path
+
+
+class Commands:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.monkeypatch, self.capsys = monkeypatch, capsys
+
+    def __call__(self, name: str, *arguments: str) -> tuple[int, str, str]:
+        main = {"export": export_module.main, "predict": predict_module.main}[name]
+        self.monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        self.capsys.readouterr()
+        code = 0
+        try:
+            run_as_command(main, name)
+        except SystemExit as done:
+            code = int(done.code or 0)
+        return code, *self.capsys.readouterr()
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Commands:
+    return Commands(monkeypatch, capsys)
+
+
+def test_our_own_formats_and_timms(checkpoint: Path, command: Commands, tmp_path: Path) -> None:
+    code, out, err = command("export", f"ckpt={checkpoint}", "format=safetensors", f"out={tmp_path / 'a.safetensors'}")
+    assert code == 0 and "written" in out, err
+    weights = read_weights(tmp_path / "a.safetensors")
+    assert weights.card is not None and weights.card.class_names == ("cat", "dog", "owl")
+    assert weights.card.normalization == "half" and "_target_" not in weights.card.model
+    assert command("export", f"ckpt={tmp_path / 'a.safetensors'}", "format=hub", f"out={tmp_path / 'hub'}")[0] == 0
+    assert torch.equal(
+        HubNetwork.from_pretrained(tmp_path / "hub").net.classifier.weight, weights.state["classifier.weight"]
+    )
+    assert command("export", f"ckpt={tmp_path / 'hub'}", "format=timm", f"out={tmp_path / 't.pth'}")[0] == 0
+    timms = torch.load(tmp_path / "t.pth", weights_only=True)
+    assert timms["blocks.4.0.routing_fn.weight"].shape == (2, 80) and timms["blocks.4.0.conv_dw.weight"].dim() == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragment"),
+    [
+        ("format=onxx", "Did you mean 'onnx'"),
+        ("form=grouped", "Choose one of: mixture, matmul"),
+        ("format=timm int8=true", "int8=true goes with format=onnx"),
+        ("ckpt=nowhere.ckpt", "There is no checkpoint nowhere.ckpt"),
+    ],
+)
+def test_mistakes_in_exporting(arguments: str, fragment: str, checkpoint: Path, command: Commands) -> None:
+    given = arguments.split()
+    code, _, err = command("export", *([] if "ckpt=" in arguments else [f"ckpt={checkpoint}"]), *given)
+    assert code == 1 and fragment in err and "Traceback" not in err
+
+
+def test_predictions_of_files_and_folders(checkpoint: Path, command: Commands, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index in range(3):
+        pixels = torch.randint(0, 256, (40, 50, 3), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / f"{index}.png")
+    (folder / "bad.jpg").write_bytes(b"no image")
+    one = folder / "1.png"
+    code, out, err = command(
+        "predict",
+        f"ckpt={checkpoint}",
+        f"images=[{folder},{one}]",
+        f"out={tmp_path / 'p.json'}",
+        "top=2",
+        "batch_size=2",
+    )
+    assert code == 0, err
+    assert "bad.jpg: not read: UnidentifiedImageError" in out and "1 of 5 images could not be read" in out
+    rows = json.loads((tmp_path / "p.json").read_text())
+    assert [Path(row["file"]).name for row in rows] == ["0.png", "1.png", "2.png", "bad.jpg", "1.png"]
+    assert "error" in rows[3] and rows[1] == rows[4]
+    probabilities = [entry["probability"] for entry in rows[0]["top"]]
+    assert len(probabilities) == 2 and probabilities == sorted(probabilities, reverse=True)
+    assert {entry["class"] for entry in rows[0]["top"]} <= {"cat", "dog", "owl"}
+    assert len(rows[0]["routing"]) == 24 and all(0 < w < 1 for w in rows[0]["routing"]["blocks.6.0.conv_pwl"])
+    net = create_model("efficientnet_b0", 3, 2, pretrained=checkpoint).eval()
+    image = predict_module.reader(read_weights(checkpoint).card)(one)
+    with torch.no_grad():
+        expected = net(image[None]).softmax(1).max()
+    assert abs(rows[1]["top"][0]["probability"] - float(expected)) < 1e-5
+    code, out, _ = command("predict", f"ckpt={checkpoint}", f"images={folder}", f"out={tmp_path / 'p.csv'}")
+    with (tmp_path / "p.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert (
+        code == 0 and len(table) == 4 and table[3]["error"] and len(table[0]["routing blocks.6.0.conv_pw"].split()) == 2
+    )
+
+
+def test_nothing_to_predict(checkpoint: Path, command: Commands, tmp_path: Path) -> None:
+    code, _, err = command("predict", f"ckpt={checkpoint}", f"images={tmp_path}")
+    assert code == 1 and "no images in" in err
+    (tmp_path / "bad.png").touch()
+    code, _, err = command("predict", f"ckpt={checkpoint}", f"images={tmp_path / 'bad.png'}")
+    assert code == 1 and "none of the 1 images could be read" in err
+    assert command("predict", f"ckpt={checkpoint}", f"images={tmp_path / 'none.png'}")[0] == 1
