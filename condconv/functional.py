@@ -113,6 +113,28 @@ def _compute_input(x: Tensor, weight: Tensor) -> Tensor:
     return x
 
 
+def _geometry(
+    x: Tensor, kernel_RS: tuple[int, int], stride: IntPair, padding: Padding, dilation: IntPair, groups: int
+) -> tuple[Tensor, ConvSpec]:
+    """The input, padded where its padding is not symmetric, and the geometry of the convolution that is left."""
+    stride_HW, dilation_HW = _pair(stride, "stride", 1), _pair(dilation, "dilation", 1)
+    size_HW = (x.shape[2], x.shape[3])
+    rows, columns = _resolve_padding(padding, size_HW, kernel_RS, stride_HW, dilation_HW)
+    if rows[0] != rows[1] or columns[0] != columns[1]:
+        x = F.pad(x, (*columns, *rows))
+        rows = columns = (0, 0)
+    spec = ConvSpec(stride_HW, (rows[0], columns[0]), dilation_HW, groups)
+    output_PQ = spec.output_size((x.shape[2], x.shape[3]), kernel_RS)
+    if 0 in size_HW:
+        raise ValueError(f"x {tuple(x.shape)} has maps without a single position.")
+    if output_PQ[0] < 1 or output_PQ[1] < 1:
+        raise ValueError(
+            f"A {kernel_RS[0]}x{kernel_RS[1]} kernel (dilation {dilation_HW}, padding {padding!r}) does not fit "
+            f"into a {size_HW[0]}x{size_HW[1]} map."
+        )
+    return x, spec
+
+
 def condconv2d(
     x: Tensor,
     routing_weights: Tensor,
@@ -156,27 +178,13 @@ def condconv2d(
     if _debug:
         _check_finite(routing_weights)
     x = _compute_input(x, weight)
-    stride_HW, dilation_HW = _pair(stride, "stride", 1), _pair(dilation, "dilation", 1)
-    kernel_RS, size_HW = (weight.shape[3], weight.shape[4]), (x.shape[2], x.shape[3])
-    rows, columns = _resolve_padding(padding, size_HW, kernel_RS, stride_HW, dilation_HW)
-    if rows[0] != rows[1] or columns[0] != columns[1]:
-        x = F.pad(x, (*columns, *rows))
-        rows = columns = (0, 0)
-    spec = ConvSpec(stride_HW, (rows[0], columns[0]), dilation_HW, groups)
-    output_PQ = spec.output_size((x.shape[2], x.shape[3]), kernel_RS)
-    if 0 in size_HW:
-        raise ValueError(f"x {tuple(x.shape)} has maps without a single position.")
-    if output_PQ[0] < 1 or output_PQ[1] < 1:
-        raise ValueError(
-            f"A {kernel_RS[0]}x{kernel_RS[1]} kernel (dilation {dilation_HW}, padding {padding!r}) does not fit "
-            f"into a {size_HW[0]}x{size_HW[1]} map."
-        )
+    x, spec = _geometry(x, (weight.shape[3], weight.shape[4]), stride, padding, dilation, groups)
     if backend == REFERENCE:
         with without_autocast(x.device):
             return reference.condconv2d(x, routing_weights, weight, bias, spec)
     training = torch.is_grad_enabled() and (x.requires_grad or routing_weights.requires_grad or weight.requires_grad)
     y: Tensor = conv2d(
-        x, routing_weights, weight, stride_HW, spec.padding, dilation_HW, groups, backend, training, workspace_bytes
+        x, routing_weights, weight, spec.stride, spec.padding, spec.dilation, groups, backend, training, workspace_bytes
     )
     return y if bias is None else y + _mix_bias(routing_weights, bias, y.dtype)[:, :, None, None]
 

@@ -168,10 +168,7 @@ class CondConv2d(_CondLayer):
     def forward(self, x: Tensor, routing_weights: Tensor | None = None) -> Tensor:
         """Convolve `x [N, C, H, W]`, by the routing weights `[N, E]` given, else the block's, else its own router's."""
         routing = self._routing_weights(x, routing_weights)
-        padding = self.padding
-        if self.padding_mode != "zeros" and padding != "valid":
-            x = F.pad(x, self._explicit_padding(), mode=_PADDING_MODES[self.padding_mode])
-            padding = 0
+        x, padding = self._pad(x)
         return condconv2d(
             x,
             routing,
@@ -184,6 +181,12 @@ class CondConv2d(_CondLayer):
             self.backend,
             self.workspace_bytes,
         )
+
+    def _pad(self, x: Tensor) -> tuple[Tensor, Padding]:
+        """The input, padded unless with zeros, and the padding that is left to the convolution."""
+        if self.padding_mode == "zeros" or self.padding == "valid":
+            return x, self.padding
+        return F.pad(x, self._explicit_padding(), mode=_PADDING_MODES[self.padding_mode]), 0
 
     def _explicit_padding(self) -> list[int]:
         """Padding in the order of `F.pad`: left, right, top, bottom."""
