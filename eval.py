@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from condconv import compress_experts
 from condconv.complexity import complexity, readable
 from configs.checks import check_eval
 from configs.messages import UserError, run_as_command, run_job
@@ -46,6 +47,8 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
             f"{datamodule.num_classes}: evaluate it on the data it was trained for, or on a set with the same classes."
         )
     net = build_network(saved.model, saved.condconv, num_classes, **pretrained)
+    if cfg.expert_dtype is not None:  # weights that are loaded later are compressed as they come
+        compress_experts(net, cfg.expert_dtype)
     task = instantiate(saved.task, _partial_=True, compile=cfg.compile, channels_last=cfg.channels_last)
     module = task(net, num_classes)
     speed = EvaluationSpeed()

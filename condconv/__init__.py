@@ -6,6 +6,7 @@ counts parameters and multiply-adds by the paper's rules, `condconv2d` and `cond
 """
 
 from condconv.complexity import complexity
+from condconv.compress import compress_experts
 from condconv.convert import convert
 from condconv.functional import cond_linear, condconv2d, set_debug
 from condconv.layers import CondConv2d, CondLinear
@@ -23,6 +24,7 @@ __all__ = [
     "autotune",
     "build_router",
     "complexity",
+    "compress_experts",
     "cond_linear",
     "condconv2d",
     "convert",

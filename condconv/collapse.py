@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from condconv.compress import CompressedLayer
 from condconv.layers import CondConv2d, CondLinear
 from condconv.padding import Conv2dSameTF
 from condconv.recording import record_layers
@@ -156,6 +157,8 @@ def _cond_layers(model: nn.Module) -> dict[str, CondLayer]:
         raise ValueError("the network has no CondConv layer")
     if "" in layers:
         raise ValueError("a lone layer cannot be replaced in place: put it into an nn.Sequential")
+    if any(isinstance(layer, CompressedLayer) for layer in layers.values()):
+        raise ValueError("the experts of the network are compressed: collapse it before compress_experts")
     return layers
 
 

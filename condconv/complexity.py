@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from condconv.compress import CompressedLayer
 from condconv.kinds import layer_kind
 from condconv.layers import CondConv2d, CondLinear
 from condconv.routing import Router
@@ -125,6 +126,7 @@ def complexity(model: nn.Module, input_size: int | Sequence[int] = (3, 224, 224)
     _run(model, size, counted)
     layers = tuple(layer for _, layer in counted.values())
     params = sum(p.numel() for p in model.parameters())
+    params += sum(module.weight.numel() for module in model.modules() if isinstance(module, CompressedLayer))
     return Complexity(
         params=params,
         madds=sum(layer.madds for layer in layers),
@@ -140,13 +142,19 @@ def _without_madds(name: str, module: nn.Module) -> LayerComplexity | None:
     name = name or "(network)"
     if isinstance(module, Router):
         return LayerComplexity(name, "router", sum(p.numel() for p in module.parameters()), 0, 0, 0, module.num_experts)
-    params = sum(p.numel() for p in module.parameters(recurse=False))
+    params = _own_params(module)
     if isinstance(module, CondConv2d | CondLinear):
         experts = module.num_experts
         return LayerComplexity(name, str(layer_kind(module)), params, 0, params // experts, 0, experts)
     if isinstance(module, _ConvNd | nn.Linear):
         return LayerComplexity(name, layer_kind(module) or type(module).__name__, params, 0, params, 0)
     return None
+
+
+def _own_params(module: nn.Module) -> int:
+    """Of the module itself; compressed experts count, though they are no parameters any more."""
+    params = sum(p.numel() for p in module.parameters(recurse=False))
+    return params + module.weight.numel() if isinstance(module, CompressedLayer) else params
 
 
 def _madds(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
@@ -157,8 +165,7 @@ def _madds(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> tuple[in
     positions = output.numel() // num_images
     if isinstance(module, CondConv2d | CondLinear):
         static = positions * (module.weight[0, 0].numel())
-        mixing = sum(p.numel() for p in module.parameters(recurse=False))
-        return static + mixing, static
+        return static + _own_params(module), static
     assert isinstance(module, _ConvNd | nn.Linear)
     if isinstance(module, _ConvTransposeNd):
         positions = args[0].numel() // num_images

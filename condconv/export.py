@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from condconv.compress import CompressedLayer
 from condconv.layers import _PADDING_MODES, CondConv2d, CondLinear
 from condconv.padding import pad_same_tf
 from condconv.sharing import RoutingUnit, attach
@@ -33,7 +34,7 @@ def export_form(model: nn.Module, form: str = "mixture") -> nn.Module:
         form: "mixture" or "matmul", see above.
 
     Raises:
-        ValueError: an unknown form.
+        ValueError: an unknown form, or compressed experts.
     """
     if form not in FORMS:
         raise ValueError(f"unknown export form {form!r}: choose one of {', '.join(FORMS)}")
@@ -58,6 +59,8 @@ def export_form(model: nn.Module, form: str = "mixture") -> nn.Module:
 
 
 def _plain(layer: CondConv2d | CondLinear, form: str) -> nn.Module:
+    if isinstance(layer, CompressedLayer):
+        raise ValueError("the experts of the network are compressed: export it before compress_experts")
     return PlainLinear(layer, form) if isinstance(layer, CondLinear) else PlainConv2d(layer, form)
 
 
