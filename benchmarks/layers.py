@@ -34,7 +34,7 @@ from condconv.ops.spec import Problem
 from condconv.tuning import layer_problems
 from models import create_model, list_backbones
 
-BUDGET_S = {False: 0.8, True: 0.05}
+BUDGET_S = {False: 0.5, True: 0.05}
 """Seconds of timed rounds for one row, by --quick."""
 
 
@@ -192,7 +192,7 @@ def cases(args: argparse.Namespace, rates: Rates, report: Report) -> list[tuple[
     found: list[tuple[str, Callable[[], Row]]] = []
     for dtype_name in args.dtypes:
         dtype = getattr(torch, dtype_name)
-        for mode, batch in [(m, b) for b in args.batch_sizes for m in args.modes if b > 1 or m == "inference"]:
+        for mode, batch in [(m, b) for b in args.batch_sizes for m in args.modes or default_modes(b)]:
             for shape, backbones in usage.items():
                 problem = replace(
                     shape.problem, batch=batch, dtype=dtype, weight_dtype=dtype, device=args.device,
@@ -219,12 +219,18 @@ def cases(args: argparse.Namespace, rates: Rates, report: Report) -> list[tuple[
     return found
 
 
+def default_modes(batch: int) -> list[str]:
+    return ["training"] if batch > 1 else ["inference"]
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbones", nargs="+", choices=list_backbones(), metavar="NAME", help="default: all")
     parser.add_argument("--batch-sizes", nargs="+", type=int, metavar="N", help="1 16 on a CPU, 1 256 on CUDA")
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--modes", nargs="+", choices=["training", "inference"], default=["training", "inference"])
+    parser.add_argument(
+        "--modes", nargs="+", choices=["training", "inference"], help="default: inference at batch 1, training above"
+    )
     parser.add_argument("--image-size", type=int)
     parser.add_argument("--experts", type=int, default=8)
     add_common_options(parser)
@@ -240,6 +246,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Measures, writes JSON, Markdown and plots."""
     args = parse(arguments)
+    gates.exact_float32()
     folder = output_folder(args)
     report = Report("layers", args.device, folder, layer_tables.render, args.fresh)
     if "rates" not in report.origin or not set(args.dtypes) <= report.origin["rates"]["madds_per_s"].keys():

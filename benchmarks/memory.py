@@ -25,7 +25,7 @@ def peak_bytes(step: Callable[[], object], kept: Callable[[], Iterable[Tensor]],
     """Peak of one step, without what stays behind.
 
     Args:
-        step: a training step that has run before, so that optimiser state and library caches exist.
+        step: a training step.
         kept: asked after the step: the tensors that do not count, gradients and optimiser state.
         device: "cpu" or "cuda".
     """

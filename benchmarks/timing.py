@@ -55,19 +55,23 @@ def time_once_ms(function: Callable[[], object], device: str) -> float:
 
 
 def time_in_turns(
-    functions: Mapping[str, Callable[[], object]], device: str, budget_s: float, min_rounds: int = 3
+    functions: Mapping[str, Callable[[], object]],
+    device: str,
+    budget_s: float,
+    min_rounds: int = 3,
+    warm_ms: Mapping[str, float] | None = None,
 ) -> tuple[dict[str, Timing], dict[str, str]]:
     """Times of all functions (A B C A B C ...), and the reasons of those that failed.
 
     Each has an equal share of the budget: warm-up runs tell how many rounds that is, at least `min_rounds`. The slow
-    ones leave the circle first.
+    ones leave the circle first. What has run already, with its time in `warm_ms`, is not warmed up again.
     """
     rounds: dict[str, int] = {}
     failed: dict[str, str] = {}
     share_ms = 1e3 * budget_s / max(1, len(functions))
     for name, function in functions.items():
         try:
-            first_ms = time_once_ms(function, device)
+            first_ms = (warm_ms or {}).get(name) or time_once_ms(function, device)
             if first_ms < share_ms / min_rounds:  # the first run of something short is mostly preparation
                 first_ms = min(first_ms, time_once_ms(function, device))
         except (RuntimeError, ValueError, MemoryError) as error:

@@ -29,6 +29,12 @@ def test_contenders_take_turns_and_slow_ones_leave_first() -> None:
     assert times["slow"].median_ms > times["fast"].median_ms
 
 
+def test_what_is_warm_is_not_warmed_up_again() -> None:
+    calls: list[int] = []
+    times, _ = time_in_turns({"a": lambda: calls.append(1)}, "cpu", 0.02, min_rounds=2, warm_ms={"a": 10.0})
+    assert len(calls) == len(times["a"].rounds_ms) == 2
+
+
 def test_a_failure_is_noted_and_the_others_go_on() -> None:
     def broken() -> None:
         raise RuntimeError("no kernel\nfor this")
