@@ -23,9 +23,11 @@ class Timing:
         return statistics.median(self.rounds_ms)
 
     def over(self, other: Timing) -> dict[str, float]:
-        """Ratio of the medians, and the smallest and largest ratio of one round."""
-        rounds = [a / b for a, b in zip(self.rounds_ms, other.rounds_ms, strict=False)]
-        return {"ratio": self.median_ms / other.median_ms, "min": min(rounds), "max": max(rounds)}
+        """Ratio of the medians over the rounds that both ran, and the smallest and largest ratio of one round."""
+        both = list(zip(self.rounds_ms, other.rounds_ms, strict=False))
+        medians = [statistics.median(column) for column in zip(*both, strict=True)]
+        rounds = [a / b for a, b in both]
+        return {"ratio": medians[0] / medians[1], "min": min(rounds), "max": max(rounds)}
 
     def as_json(self) -> dict[str, float]:
         return {

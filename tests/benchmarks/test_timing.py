@@ -48,4 +48,6 @@ def test_a_failure_is_noted_and_the_others_go_on() -> None:
 def test_ratios_are_of_medians_with_the_spread_of_rounds() -> None:
     ours, static = Timing((2.0, 4.0, 9.0)), Timing((1.0, 4.0, 3.0))
     assert ours.over(static) == {"ratio": 4.0 / 3.0, "min": 1.0, "max": 3.0}
+    longer = Timing((1.0, 4.0, 3.0, 99.0, 99.0))
+    assert ours.over(longer) == ours.over(static), "rounds that only one of them ran do not count"
     assert ours.as_json() == {"median_ms": 4.0, "min_ms": 2.0, "max_ms": 9.0, "rounds": 3}
