@@ -7,7 +7,8 @@ nothing is gained back in unpacking them. Two codes of experts `[E, K, M]`, M = 
 - 8 bits with a scale per expert and output channel, as rows `[E, K, M + 8]` of bytes: `weight / scale + 128`, then
   scale and `-128 scale` in float32. That is the format of `quantized::embedding_bag_byte`, a kernel of torch for
   embedding tables, which sums weighted rows and converts them in registers: with rows (e, k) of weight a_ne it is
-  the mixing of kernels. It costs as much for each example, so for larger batches tiles are converted here too.
+  the mixing of kernels. In memory K comes before E, so that it reads one row after the other. It costs as much for each
+  example, so for larger batches tiles are converted here too.
 
 All experts at once never exist in float32.
 """
@@ -46,7 +47,7 @@ _MOST_BAGS = 4
 
 
 def encode(weight: Tensor, expert_dtype: str) -> Tensor:
-    """Experts `[E, K, ...]` of any floating dtype as bfloat16 `[E, K, M]` or as bytes `[E, K, M + 8]`.
+    """Experts `[E, K, ...]` of any floating dtype as bfloat16 `[E, K, M]` or as bytes `[E, K, M + 8]`, K outermost.
 
     Eight bits are rounded to nearest, symmetrically: the largest weight of each row (e, k) becomes 127 or -127.
     """
@@ -58,7 +59,7 @@ def encode(weight: Tensor, expert_dtype: str) -> Tensor:
         scale_K = weight_KM.abs().amax(1) / _LEVELS
         divisor_K1 = scale_K.where(scale_K > 0, 1)[:, None]
         coded.append(pack((weight_KM / divisor_K1).round_().clamp_(-_LEVELS, _LEVELS).to(torch.int8), scale_K))
-    return torch.stack(coded)
+    return torch.stack(coded, dim=1).transpose(0, 1)
 
 
 def pack(weight: Tensor, scale: Tensor) -> Tensor:
@@ -97,12 +98,11 @@ def decode(experts_EKB: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def _bags(experts: int, channels: int, first: int, last: int, batch: int) -> tuple[Tensor, Tensor]:
+def _bags(experts: int, first: int, last: int, batch: int) -> tuple[Tensor, Tensor]:
     """Rows of the table that are summed, in order, and where each sum starts: one for each (example, channel)."""
     with torch.inference_mode(False):
-        rows_kE = torch.arange(first, last)[:, None] + torch.arange(experts) * channels
-        starts = torch.arange(0, batch * rows_kE.numel() + 1, experts)
-        return rows_kE.repeat(batch, 1).flatten().int(), starts.int()
+        rows = torch.arange(first * experts, last * experts, dtype=torch.int32).repeat(batch)
+        return rows, torch.arange(0, rows.numel() + 1, experts, dtype=torch.int32)
 
 
 class Mixer:
@@ -142,9 +142,9 @@ class Mixer:
     def _sum_rows(self, routing_nE: Tensor, tile: _Tile) -> Tensor:
         batch, experts = routing_nE.shape
         channels = tile.channels.stop - tile.channels.start
-        rows, starts = _bags(experts, self.experts_EKB.shape[1], tile.channels.start, tile.channels.stop, batch)
+        rows, starts = _bags(experts, tile.channels.start, tile.channels.stop, batch)
         weights = routing_nE[:, None].expand(batch, channels, experts).reshape(-1)
-        table = self.experts_EKB.flatten(0, 1)
+        table = self.experts_EKB.transpose(0, 1).flatten(0, 1)  # a view, K outermost
         mixed: Tensor = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
             table, rows, starts, False, 0, False, weights, None, True
         )
