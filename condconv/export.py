@@ -142,7 +142,10 @@ class PlainConv2d(_PlainLayer):
         y = F.conv2d(x, self.weight, None, self.stride, 0, self.dilation, self.groups)
         size_PQ = y.shape[2:]
         y_NGEL = y.unflatten(1, (self.groups, self.num_experts, -1)).flatten(3)
-        y_NGL = torch.matmul(routing_NE[:, None, None, :], y_NGEL).squeeze(2)
+        if self.groups == 1:
+            y_NGL = torch.matmul(routing_NE[:, None, None, :], y_NGEL).squeeze(2)
+        else:  # runtimes would make one tiny product for every group
+            y_NGL = (y_NGEL * routing_NE[:, None, :, None]).sum(2)
         return y_NGL.unflatten(2, (self.out_channels // self.groups, *size_PQ)).flatten(1, 2)
 
     def _mix_kernels(self, x: Tensor, routing_NE: Tensor) -> Tensor:
