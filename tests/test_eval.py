@@ -49,6 +49,14 @@ def test_eval_repeats_the_figures_of_training(commands: Commands, tmp_path: Path
     for ckpt in (moved, last.parent.parent):
         assert figure(commands.eval(f"ckpt={ckpt}").out, "top1") == figure(out, "top1")
 
+    # Compressed experts: the same network, counted alike, of nearly the same values.
+    small = commands.eval(f"ckpt={moved}", "expert_dtype=int8")
+    assert small.code == 0 and all(figure(small.out, name) == figure(out, name) for name in ("params", "madds"))
+    assert figure(small.out, "loss") != figure(out, "loss")
+    assert float(figure(small.out, "loss")) == pytest.approx(float(figure(out, "loss")), rel=0.02)
+    wrong = commands.eval(f"ckpt={moved}", "expert_dtype=int4")
+    assert wrong.code != 0 and "expert_dtype must be one of bf16, int8" in wrong.err
+
     # A config that lost its place in the file is read from the run's folder.
     checkpoint = torch.load(last, weights_only=True)
     config = checkpoint.pop("config")
