@@ -129,7 +129,7 @@ def render(rows: list[Row]) -> str:
         lines.append(f"| {name} | {row['size_mb']:.1f} | {ms} | {ratio} |{change}")
     scored = [row for row in rows if "top1" in row]
     if scored:
-        lines += ["", "Accuracy of a trained run by eval.py:", "", "| experts | top-1 | loss |", "|---|---|---|"]
+        lines += ["", f"Accuracy of {scored[0]['run']} by eval.py:", "", "| experts | top-1 | loss |", "|---|---|---|"]
         lines += [f"| {row['id'].split()[-1]} | {row['top1']:.4f} | {row['loss']:.5f} |" for row in scored]
     return "\n".join(lines) + "\n"
 
