@@ -25,6 +25,8 @@ def bars(path: Path, title: str, groups: Mapping[str, Mapping[str, float]]) -> N
             axes.bar_label(drawn, fmt="%.2g", fontsize=6)
         axes.axhline(1.0, color="black", linestyle="--", linewidth=0.8)
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
         axes.set_xticks(range(len(groups)), list(groups), rotation=20, ha="right")
         axes.set_ylabel("time / static")
         axes.set_title(title, fontsize=9)
