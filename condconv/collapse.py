@@ -167,7 +167,7 @@ def _mean(routing: Routing) -> Tensor:
 
 
 def _mixed(experts: Tensor, routing_E: Tensor) -> Tensor:
-    mixed = torch.tensordot(routing_E.to(experts.device, torch.float64), experts.double(), 1)
+    mixed: Tensor = torch.tensordot(routing_E.to(experts.device, torch.float64), experts.double(), 1)
     return mixed.to(experts.dtype)
 
 

@@ -146,7 +146,8 @@ class PlainConv2d(_PlainLayer):
             y_NGL = torch.matmul(routing_NE[:, None, None, :], y_NGEL).squeeze(2)
         else:  # runtimes would make one tiny product for every group
             y_NGL = (y_NGEL * routing_NE[:, None, :, None]).sum(2)
-        return y_NGL.unflatten(2, (self.out_channels // self.groups, *size_PQ)).flatten(1, 2)
+        y_NKPQ: Tensor = y_NGL.unflatten(2, (self.out_channels // self.groups, *size_PQ)).flatten(1, 2)
+        return y_NKPQ
 
     def _mix_kernels(self, x: Tensor, routing_NE: Tensor) -> Tensor:
         kernels = routing_NE @ self.weight  # [N, K * C/G * R * S]
@@ -167,7 +168,8 @@ class PlainConv2d(_PlainLayer):
         patches = views[0].unsqueeze(2) if taps == 1 else torch.stack(views, dim=2)  # [N, C, T, P, Q]
         patches_NGIL = patches.unflatten(1, (self.groups, group_channels)).flatten(2, 3).flatten(3)
         w_NGKI = kernels.unflatten(1, (self.groups, self.out_channels // self.groups, group_channels * taps))
-        return torch.matmul(w_NGKI, patches_NGIL).flatten(1, 2).unflatten(2, size_PQ)
+        y_NKPQ: Tensor = torch.matmul(w_NGKI, patches_NGIL).flatten(1, 2).unflatten(2, size_PQ)
+        return y_NKPQ
 
     def _taps(self, x: Tensor) -> list[Tensor]:
         """For each tap of the kernel, the padded input at the positions that it meets: `[N, C, P, Q]` each."""

@@ -82,7 +82,7 @@ def detach(module: nn.Module) -> None:
     del module.routing_unit
     for hooks, hook in ((module._forward_pre_hooks, _enter), (module._forward_hooks, _leave)):
         for key in [key for key, registered in hooks.items() if registered is hook]:
-            del hooks[key]  # type: ignore[attr-defined]  # an OrderedDict of either kind of hook
+            del hooks[key]
             for flags in (module._forward_pre_hooks_with_kwargs, module._forward_hooks_always_called):
                 flags.pop(key, None)
 
