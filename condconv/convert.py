@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from condconv.initializers import CondLayer, LayerInit, initialize_experts, resolve_init
 from condconv.layers import CondConv2d, CondLinear
-from condconv.routing import Router, build_router, check_routing
+from condconv.routing import DEFAULT_GAIN, Router, build_router, check_routing
 from condconv.selection import UnitPlan, is_conv2d_same, observe, plan_units
 from condconv.sharing import RoutingUnit, attach
 from condconv.upcycle import Upcycle
@@ -81,6 +81,7 @@ def convert(
     dropout: float = 0.0,
     expert_dropout: float = 0.0,
     temperature: float = 1.0,
+    router_gain: float = DEFAULT_GAIN,
     backend: str = "auto",
     init: str | LayerInit = "independent",
     example_input: Tensor | None = None,
@@ -101,6 +102,7 @@ def convert(
             "partially_shared": every other block has a router, which also serves the next; "hierarchical": a router
             also gets the routing weights of the block before it.
         dropout, expert_dropout, temperature: see `build_router`.
+        router_gain: factor on the initial weights of routers, see `condconv.routing.FCRouter`; 1 is the authors'.
         backend: see `condconv2d`.
         init: "independent", or a function (layer, name) that initialises a static layer in place, see
             `condconv.initializers`. Either way the first expert is the static layer as it was. For trained networks
@@ -122,7 +124,7 @@ def convert(
     if example_input is not None:
         plans = observe(model, plans, example_input)
     modules = [_build(plan, num_experts, backend, init) for plan in plans]
-    options = {"dropout": dropout, "expert_dropout": expert_dropout, "temperature": temperature}
+    options = {"dropout": dropout, "expert_dropout": expert_dropout, "temperature": temperature, "gain": router_gain}
     routers = [_build_router(index, plan, num_experts, routing, options) for index, plan in enumerate(plans)]
     if isinstance(init, Upcycle):
         init.settle((router, list(new.values())) for router, new in zip(routers, modules, strict=True))

@@ -8,6 +8,7 @@ sigmoid saturates early.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condconv.ops.spec import without_autocast
+
+DEFAULT_GAIN = 0.01
+"""Factor on the Glorot-uniform initial weights of a router's last map; the authors' code has 1."""
 
 NETWORK_WIDE = ("single", "partially_shared")
 """Rules for sharing `fc` routers between blocks; `condconv.convert` implements them."""
@@ -93,9 +97,20 @@ def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
 
 
 class FCRouter(Router):
-    """The paper's default: `sigmoid(pool(x) R + b)`, initialised as the Dense layer of the authors' code.
+    """The paper's default: `sigmoid(pool(x) R + b)`.
 
-    Glorot-uniform weights, zero bias: the defaults of the Keras layer in the authors' code.
+    The bias starts at zero and the weights are Glorot-uniform times `gain`. The authors' layer has gain 1. On small
+    maps, where pooling averages little, that starts every example with kernels of its own and learns slowly; with a
+    small gain the network starts near its static twin and routing grows as it pays (docs/experiments.md).
+
+    Args:
+        in_channels: Channels C of the input.
+        num_experts: Experts E.
+        dropout: See `Router`.
+        expert_dropout: See `Router`.
+        gain: Factor on the initial weights of the map that gives the logits; at least 0.
+        device: Of the parameters.
+        dtype: Of the parameters.
     """
 
     def __init__(
@@ -105,10 +120,14 @@ class FCRouter(Router):
         *,
         dropout: float = 0.0,
         expert_dropout: float = 0.0,
+        gain: float = DEFAULT_GAIN,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_channels, num_experts, dropout=dropout, expert_dropout=expert_dropout)
+        if not 0.0 <= gain < math.inf:
+            raise ValueError(f"gain must be at least 0, got {gain!r}.")
+        self.gain = gain
         self.fc = nn.Linear(in_channels, num_experts, device=device, dtype=dtype)
         self.reset_parameters()
 
@@ -116,7 +135,7 @@ class FCRouter(Router):
         """Draw all weights anew."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
+                nn.init.xavier_uniform_(module.weight, gain=self.gain if module is self.fc else 1.0)
                 nn.init.zeros_(module.bias)
 
     def logits(self, pooled_NC: Tensor) -> Tensor:
@@ -233,6 +252,7 @@ def build_router(
     expert_dropout: float = 0.0,
     temperature: float = 1.0,
     prev_experts: int = 0,
+    gain: float = DEFAULT_GAIN,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Router:
@@ -247,6 +267,7 @@ def build_router(
         expert_dropout: Dropout of whole experts, see `Router`.
         temperature: Of the softmax; any other router refuses a value but 1.
         prev_experts: Experts of the previous block, for "hierarchical"; any other router refuses a value but 0.
+        gain: Factor on the initial weights, see `FCRouter`.
         device: Of the parameters.
         dtype: Of the parameters; routing is computed in float32 all the same.
 
@@ -254,7 +275,13 @@ def build_router(
         ValueError: For an unknown name or an option out of range.
     """
     check_routing(name)
-    options: dict[str, Any] = {"dropout": dropout, "expert_dropout": expert_dropout, "device": device, "dtype": dtype}
+    options: dict[str, Any] = {
+        "dropout": dropout,
+        "expert_dropout": expert_dropout,
+        "gain": gain,
+        "device": device,
+        "dtype": dtype,
+    }
     if name == "softmax":
         options["temperature"] = temperature
     elif temperature != 1.0:

@@ -105,6 +105,7 @@ def check_condconv(cfg: DictConfig) -> None:
     for key in ("dropout", "expert_dropout"):
         _number(cfg, key, "at least 0 and below 1", lambda x: 0 <= x < 1, prefix="condconv.")
     _number(cfg, "temperature", "a number above 0", lambda x: 0 < x < math.inf, prefix="condconv.")
+    _number(cfg, "router_gain", "a number of at least 0", lambda x: 0 <= x < math.inf, prefix="condconv.")
 
 
 def check_seed(cfg: DictConfig) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from condconv.convert import Patterns, convert
 from condconv.patterns import matches
-from condconv.routing import check_routing
+from condconv.routing import DEFAULT_GAIN, check_routing
 from condconv.upcycle import UPCYCLES
 from models.freezing import freeze as freeze_part
 from models.initializers import INITIALIZERS
@@ -62,6 +62,7 @@ def create_model(
     dropout: float = 0.0,
     expert_dropout: float = 0.0,
     temperature: float = 1.0,
+    router_gain: float = DEFAULT_GAIN,
     backend: str = "auto",
     init: str = "network",
     width: float = 1.0,
@@ -96,6 +97,7 @@ def create_model(
         dropout: probability of dropping a routing weight, in training.
         expert_dropout: probability of dropping an expert, in training.
         temperature: of the routing function.
+        router_gain: factor on the initial weights of routers, see `condconv.routing.FCRouter`; 1 is the authors'.
         backend: algorithm of the CondConv layers, one of `condconv.list_backends()` or "auto".
         init: "network" (experts are drawn by the network's own initialisation; for "timm" by the statistics of its
             layers), "independent", or for static `pretrained` weights "upcycle" or "upcycle_neutral": the network's
@@ -167,6 +169,7 @@ def create_model(
         dropout=dropout,
         expert_dropout=expert_dropout,
         temperature=temperature,
+        router_gain=router_gain,
         backend=backend,
         init=replace(UPCYCLES[init], noise=init_noise) if init in UPCYCLES else initializer,
     )

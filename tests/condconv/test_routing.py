@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import condconv
 from condconv import ROUTINGS, Router, build_router
-from condconv.routing import SoftmaxRouter, check_routing, pool
+from condconv.routing import DEFAULT_GAIN, FCRouter, SoftmaxRouter, check_routing, pool
 
 SIGMOID = [name for name in ROUTINGS if name != "softmax"]
 
@@ -159,9 +159,9 @@ def test_hierarchical_wants_the_previous_weights_it_was_built_for() -> None:
 
 @pytest.mark.parametrize("name", ROUTINGS)
 def test_initialisation_is_the_authors_dense_layer(name: str) -> None:
-    """Glorot-uniform weights, zero biases, also of the last layer of those with a hidden one."""
+    """With gain 1: Glorot-uniform weights, zero biases, also of the last layer of those with a hidden one."""
     options: dict[str, Any] = {"prev_experts": 16} if name == "hierarchical" else {}
-    router = build_router(name, 64, 48, **options)
+    router = build_router(name, 64, 48, gain=1.0, **options)
     for module in router.modules():
         if isinstance(module, nn.Linear):
             bound = (6 / (module.in_features + module.out_features)) ** 0.5
@@ -256,3 +256,18 @@ def test_known_names_pass() -> None:
         check_routing(name)
     with pytest.raises(NotImplementedError):
         Router(4, 6)(torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_routing_starts_almost_alike_for_all_examples(name: str) -> None:
+    """The default gain shrinks the map that gives the logits, and no other layer."""
+    options: dict[str, Any] = {"prev_experts": 16} if name == "hierarchical" else {}
+    router = build_router(name, 64, 48, **options)
+    assert isinstance(router, FCRouter)
+    for module in router.modules():
+        if isinstance(module, nn.Linear):
+            bound = (6 / (module.in_features + module.out_features)) ** 0.5
+            bound *= DEFAULT_GAIN if module is router.fc else 1.0
+            assert 0.9 * bound < module.weight.abs().max().item() <= bound
+    with pytest.raises(ValueError, match="gain must be at least 0"):
+        build_router(name, 64, 48, gain=-1.0, **options)
