@@ -116,10 +116,7 @@ def accuracy(ckpt: Path, dtype: str) -> Row:
 def render(rows: list[Row]) -> str:
     """Markdown: one line per network, then accuracies."""
     head = "| network | MB | CPU ms, batch 1: median (fastest) | over fp32 | output against fp32 | arithmetic |"
-    lines = [
-        "EfficientNet-B0, 8 experts; processor time of one thread; differences: largest error over largest value.",
-        "",
-    ]
+    lines = ["", "EfficientNet-B0, 8 experts. Processor time; differences are largest error over largest value.", ""]
     lines += [head, "|" + "---|" * 6]
     timed = {row["id"]: row for row in rows if "size_mb" in row}
     for name, row in timed.items():
