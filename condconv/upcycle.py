@@ -88,6 +88,8 @@ class Upcycle:
         experts = router.num_experts
         softmax = isinstance(router, SoftmaxRouter)
         paired = experts - experts % 2 if self.routers == "paired" else 0
+        if paired:  # in full size whatever the router's gain: here the output does not depend on it
+            nn.init.xavier_uniform_(router.fc.weight)
         for row in (router.fc.weight, router.fc.bias):
             if paired:
                 row[1:paired:2] = row[0:paired:2] if softmax else -row[0:paired:2]
