@@ -196,11 +196,21 @@ def test_state_survives_a_checkpoint(name: str, tmp_path: Any) -> None:
         ({"no_decay": ["batchnorm"]}, "Unknown parameter role"),
         ({"decay_by_role": {"experts": 0.1}}, "Unknown parameter role"),
         ({"decay_by_role": {"expert": -0.1}}, "at least 0"),
+        ({"lr_factor_by_role": {"gate": 0.1}}, "lr_factor_by_role"),
+        ({"lr_factor_by_role": {"router": -0.1}}, "lr_factor_by_role"),
     ],
 )
 def test_wrong_values_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_optimizer(nn.Linear(2, 2), **({"lr": 0.1} | options))
+
+
+def test_roles_may_have_learning_rates_of_their_own() -> None:
+    optimizer = build_optimizer(small_net(), name="adamw", lr=0.2, lr_factor_by_role={"router": 0.1, "expert": 2.0})
+    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    assert rates == pytest.approx({"norm": 0.2, "bias": 0.2, "router": 0.02, "expert": 0.4, "weight": 0.2})
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    assert schedule.get_last_lr() == pytest.approx([rate / 2 for rate in rates.values()])
 
 
 def test_a_frozen_network_is_an_error() -> None:
