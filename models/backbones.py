@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.models import efficientnet as timm_efficientnet
 from torch import nn
 
@@ -71,6 +72,7 @@ def create_model(
     drop_rate: float = 0.0,
     drop_path_rate: float = 0.0,
     in_chans: int = 3,
+    classifier_std: float | None = None,
     arch: str | None = None,
     pattern: Patterns | None = None,
     exclude: Patterns | None = None,
@@ -110,6 +112,8 @@ def create_model(
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth, growing linearly over the blocks to this rate.
         in_chans: channels of the images.
+        classifier_std: standard deviation of the classifier's initial weights, its biases are then zero; None for the
+            network's own. timm draws those of EfficientNets for 1,000 classes: with ten, the first loss is over 5.
         arch: for name="timm": timm's name of the network.
         pattern: for name="timm": patterns of the blocks to convert (`condconv.patterns`), all convolutions and linear
             layers in them, e.g. "stages.3.blocks.*"; each match gets one router. May be left out with classifier=True.
@@ -154,7 +158,10 @@ def create_model(
         network.normalization = weights.normalization  # type: ignore[assignment]  # a name, not a submodule
         if weights.is_static:
             load_weights(network, weights, name, left_out)
+    fresh_classifier = classifier_std is not None and num_classes > 0 and (weights is None or new_classifier)
     if experts == 0:
+        if fresh_classifier:
+            _draw_classifier(network, backbone.classifier, classifier_std)
         freeze_part(network, freeze, backbone.classifier if num_classes else "")
         return network
     initializer = init if init != "network" else INITIALIZERS.get(backbone.family, "independent")
@@ -176,8 +183,19 @@ def create_model(
     network.conversion = conversion  # type: ignore[assignment]  # a record, not a submodule
     if weights is not None and not weights.is_static:
         load_weights(network, weights, name, left_out)
+    if fresh_classifier:
+        _draw_classifier(network, backbone.classifier, classifier_std)
     freeze_part(network, freeze, backbone.classifier if num_classes else "")
     return network
+
+
+def _draw_classifier(network: nn.Module, name: str, std: float | None) -> None:
+    """Normal weights and zero biases, for a static classifier or for each expert of it."""
+    classifier = network.get_submodule(name)
+    with torch.no_grad():
+        classifier.weight.normal_(0.0, std)  # type: ignore[operator, union-attr]
+        if classifier.bias is not None:
+            classifier.bias.zero_()  # type: ignore[operator, union-attr]
 
 
 def _check_experts(experts: int) -> None:

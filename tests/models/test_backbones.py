@@ -262,3 +262,18 @@ def test_mistakes_are_named(case: str) -> None:
     options, message = MISTAKES[case]
     with torch.device("meta"), pytest.raises(ValueError, match=message):
         create_model(**{"name": "mobilenet_v1", **options})
+
+
+@pytest.mark.parametrize(("name", "experts"), [("resnet18", 0), ("resnet18", 2), ("efficientnet_b0", 2)])
+def test_classifier_std_draws_the_classifier_and_nothing_else(name: str, experts: int) -> None:
+    """Also each expert of a converted classifier; the network's own draw stays where it is not asked for."""
+    networks = []
+    for std in (None, 0.05):
+        torch.manual_seed(0)
+        networks.append(create_model(name, 10, experts, classifier_std=std))
+    own, drawn = (dict(network.named_parameters()) for network in networks)
+    weight = drawn[f"{'fc' if name == 'resnet18' else 'classifier'}.weight"]
+    for expert in weight if weight.dim() == 3 else [weight]:
+        assert 0.045 < expert.std().item() < 0.055
+    changed = [key for key, value in own.items() if not torch.equal(value, drawn[key])]
+    assert {key.split(".")[0] for key in changed} == {"fc" if name == "resnet18" else "classifier"}
