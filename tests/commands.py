@@ -41,7 +41,10 @@ class Commands:
         self.capsys = capsys
 
     def train(self, *arguments: str) -> Outcome:
-        return self._call(train_module.main, "train", *arguments, f"paths.outputs={self.outputs}")
+        # argparse takes overrides in one stretch, after the options; a test's own paths.outputs must come last to win.
+        options = [argument for argument in arguments if argument.startswith("-")]
+        overrides = [argument for argument in arguments if not argument.startswith("-")]
+        return self._call(train_module.main, "train", *options, f"paths.outputs={self.outputs}", *overrides)
 
     def eval(self, *arguments: str) -> Outcome:
         return self._call(eval_module.main, "eval", *arguments)
