@@ -26,7 +26,8 @@ register_resolvers()
 
 def build_network(model: DictConfig, condconv: DictConfig, num_classes: int, **weights: Any) -> nn.Module:
     """The network that a config's groups `model` and `condconv` describe, with pretrained weights if any are given."""
-    return instantiate(model, _partial_=True, _convert_="all", **condconv, num_classes=num_classes)(**weights)
+    options = {key: value for key, value in condconv.items() if key != "autotune"}  # of the training, not the network
+    return instantiate(model, _partial_=True, _convert_="all", **options, num_classes=num_classes)(**weights)
 
 
 def train(cfg: DictConfig) -> dict[str, float]:

@@ -29,7 +29,7 @@ WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 HUB = "hf-hub:"
 # Settings of a run that are not the network: how it began, how it was trained.
-_NOT_THE_NETWORK = ("_target_", "pretrained", "new_classifier", "init", "init_noise", "freeze")
+_NOT_THE_NETWORK = ("autotune", "_target_", "pretrained", "new_classifier", "init", "init_noise", "freeze")
 # timm's CondConv networks were converted from TensorFlow; its padding and epsilon, and images on -1..1.
 _TIMM_OPTIONS = {"pad_type": "same", "bn_eps": 1e-3}
 _TIMM_NORMALIZATION = "half"

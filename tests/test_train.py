@@ -16,6 +16,7 @@ from commands import TINY, Commands
 from hydra import compose, initialize_config_dir
 
 from condconv import CondConv2d
+from condconv.ops.choice import forget
 from train import build_network, train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -194,3 +195,16 @@ def test_the_help_lists_groups_and_examples(commands: Commands) -> None:
     assert code == 0
     for said in ("python train.py", "model: ", "efficientnet_b0", "condconv.experts", "debug=fast", "resume="):
         assert said in out
+
+
+def test_autotune_prints_its_choice_and_trains(
+    commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    outcome = commands.train(*TINY, "condconv.autotune=true", "data.batch_size_per_device=8")
+    assert outcome.code == 0, outcome.err
+    assert "autotune, batch 8, 32 pixels" in outcome.out and " ms" in outcome.out
+    assert (tmp_path / "cache" / "condconv" / "autotune.json").is_file()
+    (last,) = commands.outputs.rglob("last.ckpt")
+    assert commands.eval(f"ckpt={last}").code == 0
+    forget()
