@@ -277,3 +277,18 @@ def test_classifier_std_draws_the_classifier_and_nothing_else(name: str, experts
         assert 0.045 < expert.std().item() < 0.055
     changed = [key for key, value in own.items() if not torch.equal(value, drawn[key])]
     assert {key.split(".")[0] for key in changed} == {"fc" if name == "resnet18" else "classifier"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experts", [0, 1, 8])
+@pytest.mark.parametrize("name", list_backbones())
+def test_trains_a_step_and_evaluates_at_224_pixels(name: str, experts: int) -> None:
+    torch.manual_seed(0)
+    network = create_model(name, 10, experts, classifier_std=0.01)
+    images, labels = torch.randn(4, 3, 224, 224), torch.arange(4)
+    nn.functional.cross_entropy(network(images), labels).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+    torch.optim.SGD(network.parameters(), lr=1e-3).step()
+    with torch.no_grad():
+        logits = network.eval()(images)
+    assert logits.shape == (4, 10) and logits.isfinite().all()
