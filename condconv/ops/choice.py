@@ -2,8 +2,9 @@
 
 The rule knows two facts. Kernel mixing moves N x P numbers and costs E multiply-adds for each; running every expert
 costs E convolutions. So on maps of few positions the mixture form is cheaper, on larger maps mixing first is. The
-thresholds were measured on two CPU cores (benchmarks/results). Nothing has been measured on a GPU yet, so there the
-rule never names a Triton kernel: batched matrix products, the mixture form and grouped convolution are its candidates.
+thresholds come from trials on two loaded CPU cores, not yet from a committed table. Nothing has been measured on a GPU
+yet, so there the rule never names a Triton kernel: batched matrix products, the mixture form and grouped convolution
+are its candidates.
 """
 
 from __future__ import annotations
