@@ -1,0 +1,1 @@
+"""Pages and pictures about finished runs and trained networks."""
