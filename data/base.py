@@ -96,7 +96,10 @@ class ImageDataModule(pl.LightningDataModule):
         """The one place where loaders are made."""
         workers = self._workers()
         rank, world_size = self._process()
-        sampler = EpochSampler(len(dataset), seed=self.seed, rank=rank, world_size=world_size) if train else None
+        sampler = None
+        if train:
+            options = {"seed": self.seed, "rank": rank, "world_size": world_size}
+            sampler = EpochSampler(len(dataset), blocks=dataset.blocks, **options)
         return ImageLoader(
             dataset,
             batch_size=self.batch_size_per_device if train else self.eval_batch_size_per_device,

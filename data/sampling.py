@@ -6,7 +6,7 @@ uninterrupted run would have seen.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,19 +47,60 @@ class EpochSampler(DistributedSampler[int]):
     every world-size-th example, so the union of their k-th batches is the same for any number of processes. The few
     examples that the number of processes does not divide are dropped. Lightning calls `set_epoch` and leaves
     subclasses of DistributedSampler in place.
+
+    Args:
+        num_examples: size of the training set.
+        seed, rank, world_size: of the order, and of this process.
+        blocks: lengths of the blocks (tar shards) that the examples lie in, one after the other; None: no blocks.
+        blocks_together: so many blocks are shuffled into each other; the order of the blocks is random too. All
+            processes read from the same few files at any time, near enough to a full shuffle for blocks that hold a
+            mixture of the classes.
     """
 
-    def __init__(self, num_examples: int, *, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        num_examples: int,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        blocks: Sequence[int] | None = None,
+        blocks_together: int = 16,
+    ) -> None:
+        if blocks is not None and sum(blocks) != num_examples:
+            raise ValueError(f"blocks of {sum(blocks)} examples in all do not make up {num_examples} examples")
         # Only the length of what it samples from is looked at.
         super().__init__(range(num_examples), world_size, rank, shuffle=True, seed=seed, drop_last=True)  # type: ignore[arg-type]
+        self.blocks = blocks
+        self.blocks_together = blocks_together
 
     def __iter__(self) -> Iterator[Any]:  # a supertype of int, which Sampler promises, and of our keys
-        for index in super().__iter__():
+        for index in self.order()[self.rank : self.total_size : self.num_replicas]:
             yield self.epoch, index
+
+    def order(self) -> list[int]:
+        """All examples in the order of the present epoch, over all processes; a function of seed and epoch alone."""
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        if self.blocks is None:
+            return torch.randperm(len(self.dataset), generator=generator).tolist()
+        ends = torch.tensor(self.blocks).cumsum(0).tolist()
+        shuffled = torch.randperm(len(self.blocks), generator=generator).tolist()
+        order: list[int] = []
+        for first in range(0, len(shuffled), self.blocks_together):
+            group = shuffled[first : first + self.blocks_together]
+            examples = torch.cat([torch.arange(ends[block] - self.blocks[block], ends[block]) for block in group])
+            order += examples[torch.randperm(len(examples), generator=generator)].tolist()
+        return order
 
 
 class ImageDataset(Dataset[Any]):
-    """A map from a sampler's key to one example (or, by `__getitems__`, from a list of keys to a whole batch)."""
+    """A map from a sampler's key to one example (or, by `__getitems__`, from a list of keys to a whole batch).
+
+    Attributes:
+        blocks: lengths of the files that the examples lie in, for `EpochSampler`; None where order costs nothing.
+    """
+
+    blocks: Sequence[int] | None = None
 
     def collate(self, examples: Any) -> Batch | None:
         """What the fetched examples become: `(images uint8 [N,3,H,W], labels int64 [N])`, or None for no example."""

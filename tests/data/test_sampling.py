@@ -1,9 +1,13 @@
+from typing import Any
+
+import pytest
 import torch
+from torch.utils.data import DistributedSampler
 
 from data.sampling import EpochSampler, example_rng, example_seed, split_key
 
 
-def keys(num_examples: int, epoch: int, **options: int) -> list[tuple[int, int]]:
+def keys(num_examples: int, epoch: int, **options: Any) -> list[tuple[int, int]]:
     sampler = EpochSampler(num_examples, **options)
     sampler.set_epoch(epoch)
     return list(sampler)
@@ -27,6 +31,42 @@ def test_global_batches_are_the_same_for_any_number_of_processes():
         for batch in range(100 // global_batch):
             together = {key for rank in ranks for key in rank[batch * per_rank : (batch + 1) * per_rank]}
             assert together == set(alone[batch * global_batch : (batch + 1) * global_batch])
+
+
+def test_without_blocks_the_order_is_that_of_torchs_sampler():
+    theirs = DistributedSampler(range(101), 2, 1, shuffle=True, seed=4, drop_last=True)
+    theirs.set_epoch(2)
+    assert [index for _, index in keys(101, epoch=2, seed=4, rank=1, world_size=2)] == list(theirs)
+
+
+def test_blocks_are_shuffled_and_read_a_few_at_a_time():
+    blocks = [10, 7, 12, 9, 11, 8, 10]
+    order = [index for _, index in keys(67, epoch=1, blocks=blocks, blocks_together=2)]
+    assert sorted(order) == list(range(67))
+    assert order != [index for _, index in keys(67, epoch=2, blocks=blocks, blocks_together=2)]
+    block_of = [number for number, length in enumerate(blocks) for _ in range(length)]
+    seen = [block_of[index] for index in order]
+    groups = [set(seen[:10]), set(seen[-10:])]
+    assert all(len(group) <= 3 for group in groups)
+    # Within a pair of blocks the examples are mixed, and a whole group ends before the next one begins.
+    first = {block: seen.index(block) for block in set(seen)}
+    last = {block: 66 - seen[::-1].index(block) for block in set(seen)}
+    pairs = sorted(first, key=first.__getitem__)
+    for one, other in zip(pairs[::2], pairs[1::2], strict=False):
+        assert first[other] < last[one] and first[one] < last[other]
+    for pair, following in zip(range(0, 6, 2), range(2, 8, 2), strict=False):
+        assert max(last[block] for block in pairs[pair : pair + 2]) < first[pairs[following]]
+
+
+def test_blocks_keep_global_batches_for_any_number_of_processes():
+    blocks = [30, 20, 50]
+    alone = keys(100, epoch=3, blocks=blocks)
+    ranks = [keys(100, epoch=3, blocks=blocks, rank=rank, world_size=2) for rank in range(2)]
+    assert [set(alone[n : n + 10]) for n in range(0, 100, 10)] == [
+        set(ranks[0][n : n + 5]) | set(ranks[1][n : n + 5]) for n in range(0, 50, 5)
+    ]
+    with pytest.raises(ValueError, match="blocks of 99 examples in all do not make up 100"):
+        keys(100, epoch=0, blocks=[99])
 
 
 def test_plain_indices_mean_the_first_epoch():
