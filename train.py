@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import nn
 from configs.checks import check_train
 from configs.messages import run_as_command, run_job
 from configs.resolvers import register_resolvers
+from configs.results import RunRecord, model_size, recorded
 from configs.runs import adopt_normalization, plain, resumed_config, save_config
 from models.callbacks import SavedConfig, print_training_results
 from models.pretrained import find_weights
@@ -36,8 +36,9 @@ def train(cfg: DictConfig) -> dict[str, float]:
     Raises:
         ValueError, OSError, RuntimeError: the config or the data cannot work; the message says what to do.
     """
+    given = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
     if cfg.resume is not None:
-        cfg = resumed_config(cfg.resume, HydraConfig.get().overrides.task if HydraConfig.initialized() else ())
+        cfg = resumed_config(cfg.resume, given)
     check_train(cfg)
     weights: dict[str, Any] = {}
     if cfg.resume is None and cfg.pretrained is not None:
@@ -58,34 +59,30 @@ def train(cfg: DictConfig) -> dict[str, float]:
     config = plain(cfg)
     callbacks = [c for c in instantiate(cfg.callbacks, _convert_="all").values() if c is not None]
     loggers = [logger for logger in instantiate(cfg.logger, _convert_="all").values() if logger is not None]
-    trainer = instantiate(cfg.trainer, _partial_=True)(callbacks=[*callbacks, SavedConfig(config)], logger=loggers)
-    return run(cfg, config, trainer, module, datamodule)
+    record = RunRecord(Path(cfg.paths.run), cfg.name, given, model_size(net, cfg.data.image_size))
+    callbacks.append(SavedConfig(config, record.note))
+    trainer = instantiate(cfg.trainer, _partial_=True)(callbacks=callbacks, logger=loggers)
+    return run(cfg, config, record, trainer, module, datamodule)
 
 
 def run(
-    cfg: DictConfig, config: dict[str, Any], trainer: pl.Trainer, module: pl.LightningModule, datamodule: Any
+    cfg: DictConfig, config: dict[str, Any], record: RunRecord, trainer: pl.Trainer, module: Any, datamodule: Any
 ) -> dict[str, float]:
     """Fit, evaluate the final weights, show the results; loggers end well or badly, but they end."""
-    folder, start, failed = Path(cfg.paths.run), time.perf_counter(), True
-    try:
+    with recorded(record, trainer) as figures:
         if trainer.is_global_zero:
-            save_config(config, folder)
+            save_config(config, record.folder)
             print(datamodule.describe())
         for logger in trainer.loggers:
             logger.log_hyperparams(config)
-        last = folder / "checkpoints" / "last.ckpt"
+        last = record.folder / "checkpoints" / "last.ckpt"
         trainer.fit(module, datamodule=datamodule, ckpt_path=last if cfg.resume else None)
-        figures = dict(trainer.callback_metrics)
+        measured = dict(trainer.callback_metrics)
         if cfg.test:
             trainer.test(module, datamodule=datamodule, verbose=False)
-            figures |= trainer.callback_metrics
-        figures = {key: float(value) for key, value in sorted(figures.items())}
-        print_training_results(trainer, figures, folder, time.perf_counter() - start)
-        failed = False
-    finally:
-        for logger in trainer.loggers:
-            if hasattr(logger, "finish"):
-                logger.finish(exit_code=int(failed))
+            measured |= trainer.callback_metrics
+        figures.update({key: float(value) for key, value in sorted(measured.items())})
+        print_training_results(trainer, figures, record.folder, record.seconds)
     return figures
 
 

@@ -48,7 +48,12 @@ def test_a_run_leaves_everything_behind(commands: Commands) -> None:
     assert code == 0, err
     folder = only_run(commands)
     assert folder.name.endswith("-mobilenet_v1-e2-s1")
-    assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "config.yaml", "metrics.csv"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "metrics.csv",
+        "result.json",
+    ]
     # The terminal: what is trained, what came out, where it is.
     for said in ("digits: 1438 training", "MADDs", "epoch 1/1", "test/top1", str(folder / "checkpoints" / "last.ckpt")):
         assert said in out
@@ -148,7 +153,7 @@ def test_debug_presets(preset: str, commands: Commands) -> None:
     assert code == 0, err
     folder = only_run(commands)
     if preset == "profile":
-        (trace,) = folder.glob("*.json")
+        (trace,) = folder.glob("*.pt.trace.json")
         assert json.loads(trace.read_text())["traceEvents"]
 
 
