@@ -1,0 +1,300 @@
+"""The charts of a report: differences with intervals, the figure against cost, learning curves, time and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from markupsafe import Markup
+
+from reports.comparison import Comparison, Metric, Row
+from reports.groups import EXPERTS, experts_label, show, sort_key
+from reports.statistics import spread
+from reports.svg import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis, Picture, padded, tick_label
+
+MAX_POINTS = 150
+MAX_CURVES = 16
+
+
+@dataclass
+class Chart:
+    """A picture, what it shows in words, and its numbers as a table for those who cannot see it."""
+
+    id: str
+    title: str
+    caption: str
+    svg: Markup
+    header: list[str]
+    numbers: list[list[str]]
+    groups: list[int] = field(default_factory=list)  # of the legend; none where the picture names them itself
+
+
+def charts_of(comparison: Comparison) -> list[Chart]:
+    """All charts for which there are numbers."""
+    rows = comparison.rows
+    makers: tuple[Callable[[Comparison], Chart | None], ...] = (effects, against_experts, against_madds, against_params)
+    found = [make(comparison) for make in makers] if rows else []
+    return [chart for chart in (*found, *learning_curves(comparison), *costs(comparison)) if chart is not None]
+
+
+def _axes(x: tuple[str, float, float], y: tuple[str, float, float], log_x: bool = False) -> tuple[Axis, Axis]:
+    return (
+        Axis(*x, LEFT, WIDTH - RIGHT, log=log_x),
+        Axis(*y, HEIGHT - BOTTOM, TOP + 14),
+    )
+
+
+def value_text(metric: Metric, row: Row) -> str:
+    """ "61.20 ± 0.35 % (n = 3)"."""
+    sd = f" ± {metric.text(row.value.sd)}" if row.value.sd is not None else ""
+    return f"{metric.text(row.value.mean)}{sd}{' ' + metric.unit if metric.unit else ''} (n = {row.value.n})"
+
+
+def difference_text(metric: Metric, row: Row) -> str:
+    """ "+0.40 [−0.10, +0.90], n = 3"; empty without a baseline."""
+    found = row.difference
+    if found is None:
+        return ""
+    interval = "" if found.low is None else f" [{metric.text(found.low, True)}, {metric.text(found.high, True)}]"
+    return f"{metric.text(found.mean, True)}{interval}, n = {found.n}"
+
+
+def effects(comparison: Comparison) -> Chart | None:
+    """Paired differences to the baseline, one line for each group."""
+    metric = comparison.metric
+    shown = [(i, row) for i, row in enumerate(comparison.rows) if row.difference is not None]
+    if not shown:
+        return None
+    ends = [0.0]
+    for _, row in shown:
+        found = row.difference
+        assert found is not None
+        ends += [found.mean] + [end for end in (found.low, found.high) if end is not None]
+    line, left = 26, min(40 + 6.4 * max(len(row.label) for _, row in shown), 200)
+    height = TOP + line * len(shown) + BOTTOM
+    unit = "points" if metric.is_share else metric.name
+    x = Axis(f"difference in {metric.name} to {comparison.baseline} ({unit})", *padded(ends), left, WIDTH - RIGHT)
+    y = Axis("", -0.5, len(shown) - 0.5, height - BOTTOM, TOP, labels=[" "] * len(shown))
+    picture = Picture(f"Paired differences in {metric.name} to {comparison.baseline}", x, y, height=height)
+    picture.frame(grid_x=True)
+    picture.bar(0, -0.5, 0, len(shown) - 0.5, -1, "zero")
+    for place, (i, row) in enumerate(reversed(shown)):
+        found = row.difference
+        assert found is not None
+        label = row.label if len(row.label) <= 27 else row.label[:26] + "…"
+        picture.text(left - 10, y(place) + 4, label, "name end")
+        if found.low is not None and found.high is not None:
+            picture.bar(found.low, place, found.high, place, i, "interval")
+        picture.dot(found.mean, place, i, f"{row.label}: {difference_text(metric, row)}", "dot", 5)
+    caption = (
+        f"Difference in {metric.name} to {comparison.baseline}, paired by seed: mean and 95 % t interval. "
+        f"{'Left' if not metric.lower_is_better else 'Right'} of the line is worse. A dot alone is one pair."
+    )
+    numbers = [[row.label, difference_text(metric, row)] for _, row in shown]
+    return Chart("effects", "Difference to the baseline", caption, picture.svg(), ["group", "difference"], numbers)
+
+
+def _series(rows: Sequence[Row]) -> dict[str, list[tuple[int, Row]]]:
+    """Rows that differ in experts alone, under what they share."""
+    found: dict[str, list[tuple[int, Row]]] = {}
+    for i, row in enumerate(rows):
+        others = {key: value for key, value in row.group.columns.items() if key != EXPERTS}
+        own = {k: v for k, v in others.items() if not k.startswith("condconv.")} if row.group.is_static else others
+        found.setdefault(show([f"{key}={show(value)}" for key, value in own.items()]), []).append((i, row))
+    return found
+
+
+def _points(picture: Picture, metric: Metric, placed: Iterable[tuple[float, int, Row]]) -> None:
+    """Mean, deviation and every run of each group; a faint line joins the groups of a series."""
+    placed = list(placed)
+    if len(placed) > 1:
+        picture.line([(x, row.value.mean) for x, _, row in placed], placed[0][1], "", "thread")
+    for x, i, row in placed:
+        if row.value.sd is not None:
+            picture.bar(x, row.value.mean - row.value.sd, x, row.value.mean + row.value.sd, i)
+        for run in row.group.runs:
+            value = metric.scaled(run.figures[metric.name])
+            picture.dot(x, value, i, f"{row.label}, seed {show(run.seed)}: {metric.text(value)}", "run", 2.2)
+        picture.dot(x, row.value.mean, i, f"{row.label}: {value_text(metric, row)}")
+
+
+def _spans(metric: Metric, rows: Sequence[Row]) -> tuple[float, float]:
+    values = [metric.scaled(run.figures[metric.name]) for row in rows for run in row.group.runs]
+    values += [row.value.mean + sign * (row.value.sd or 0) for row in rows for sign in (-1, 1)]
+    return padded(values)
+
+
+def against_experts(comparison: Comparison) -> Chart | None:
+    """The figure over the number of experts, evenly spaced, one series for each of the other settings."""
+    metric, rows = comparison.metric, comparison.rows
+    levels = sorted({row.group.experts for row in rows if isinstance(row.group.experts, int | float)}, key=sort_key)
+    if len(levels) < 2:
+        return None
+    rows = [row for row in rows if row.group.experts in levels]
+    x, y = _axes(("experts", -0.5, len(levels) - 0.5), (metric.title, *_spans(metric, rows)))
+    x.labels = ["static" if level == 0 else show(level) for level in levels]
+    picture = Picture(f"{metric.title} against the number of experts", x, y)
+    picture.frame()
+    picture.text(6, 14, metric.title, "title")
+    series = _series(comparison.rows)
+    for members in series.values():
+        placed = [(float(levels.index(row.group.experts)), i, row) for i, row in members if row in rows]
+        _points(picture, metric, placed)
+    caption = f"{metric.title} against experts: mean and standard deviation over seeds; small dots are single runs."
+    numbers = [[row.label, experts_label(row.group.experts), value_text(metric, row)] for row in rows]
+    legend = list(range(len(comparison.rows))) if len(series) > 1 else []
+    header = ["group", "experts", metric.title]
+    return Chart("experts", "Against experts", caption, picture.svg(), header, numbers, legend)
+
+
+def against_madds(comparison: Comparison) -> Chart | None:
+    return _against(comparison, "madds", "MADDs", "multiply-adds per image")
+
+
+def against_params(comparison: Comparison) -> Chart | None:
+    return _against(comparison, "params", "Parameters", "parameters")
+
+
+def _against(comparison: Comparison, key: str, title: str, words: str) -> Chart | None:
+    metric = comparison.metric
+    values = {i: getattr(row, key) for i, row in enumerate(comparison.rows) if getattr(row, key)}
+    if len(set(values.values())) < 2:
+        return None
+    low, high = min(values.values()), max(values.values())
+    log = high / low > 8
+    ends = (low / 1.15, high * 1.15) if log else padded([low, high])
+    rows = [comparison.rows[i] for i in values]
+    x, y = _axes((words + (" (logarithmic)" if log else ""), *ends), (metric.title, *_spans(metric, rows)), log_x=log)
+    picture = Picture(f"{metric.title} against {words}", x, y)
+    picture.frame()
+    picture.text(6, 14, metric.title, "title")
+    for members in _series(comparison.rows).values():
+        placed = sorted(((values[i], i, row) for i, row in members if i in values), key=lambda each: each[0])
+        _points(picture, metric, placed)
+    caption = f"{metric.title} against {words}: mean and standard deviation over seeds; small dots are single runs."
+    numbers = [[row.label, count(getattr(row, key)), value_text(metric, row)] for row in rows]
+    legend = list(values)
+    return Chart(key, f"Against {title}", caption, picture.svg(), ["group", words, metric.title], numbers, legend)
+
+
+def count(value: float | None) -> str:
+    """419126 -> 419.1k."""
+    if value is None:
+        return "–"
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.4g}{letter}"
+    return f"{value:.4g}"
+
+
+def learning_curves(comparison: Comparison) -> list[Chart]:
+    """Training and evaluation, the compared figure and the loss: mean over seeds, with the range of the runs."""
+    metric, found = comparison.metric, []
+    leaf = metric.name.rsplit("/", 1)[-1]
+    stage = metric.name.split("/", 1)[0].replace("test", "val")
+    names = dict.fromkeys([f"train/{leaf}", f"{stage}/{leaf}", f"val/{leaf}", "train/loss", "val/loss"])
+    for name in names:
+        chart = _curves(comparison, Metric(name))
+        if chart is not None:
+            found.append(chart)
+    return found
+
+
+def _curves(comparison: Comparison, metric: Metric) -> Chart | None:
+    lines = []
+    for i, row in enumerate(comparison.rows):
+        points = mean_curve([run.curves.get(metric.name, []) for run in row.group.runs], metric)
+        if len(points) > 1:
+            lines.append((i, row, points))
+    if not lines:
+        return None
+    hidden = len(lines) - MAX_CURVES
+    if hidden > 0:  # the ends of the order and evenly between: neither the best nor the first alone
+        lines = [lines[round(k * (len(lines) - 1) / (MAX_CURVES - 1))] for k in range(MAX_CURVES)]
+    xs = [x for _, _, points in lines for x, *_ in points]
+    ys = [value for _, _, points in lines for _, low, _, high in points for value in (low, high)]
+    x, y = _axes(("epochs", min(xs), max(xs)), (metric.title, *padded(ys, 0.04)))
+    picture = Picture(f"{metric.title} over epochs", x, y)
+    picture.frame()
+    picture.text(6, 14, metric.title, "title")
+    for i, _, points in lines:
+        picture.band([(at, low, high) for at, low, _, high in points], i)
+    for i, row, points in lines:
+        kind = "line static" if row.group.is_static else "line"
+        end = metric.text(points[-1][2])
+        picture.line([(at, mean) for at, _, mean, _ in points], i, f"{row.label}: {end} at the end", kind)
+    caption = f"{metric.title} over epochs: mean of the seeds, shaded from the lowest to the highest run."
+    if metric.name.startswith("train/"):
+        caption += " Measured while training, on augmented images where the recipe augments."
+    if hidden > 0:
+        caption += f" {hidden} of the groups are left out of this picture."
+    marks = [f"{at:g}" for at in _marks(lines[0][2])]
+    numbers = [
+        [row.label, *(next((metric.text(m) for at, _, m, _ in points if f"{at:g}" == mark), "–") for mark in marks)]
+        for _, row, points in lines
+    ]
+    slug = "curve-" + metric.name.replace("/", "-").replace("_", "-")
+    title = f"{'Training' if metric.name.startswith('train/') else 'Evaluation'}: {metric.name}"
+    header = ["group", *(f"epoch {mark}" for mark in marks)]
+    return Chart(slug, title, caption, picture.svg(), header, numbers, [i for i, _, _ in lines])
+
+
+def _marks(points: Sequence[tuple[float, float, float, float]]) -> list[float]:
+    """Where a curve is quoted: five places from the first to the last."""
+    return list(dict.fromkeys(points[round(k * (len(points) - 1) / 4)][0] for k in range(5)))
+
+
+def mean_curve(
+    curves: Sequence[Sequence[tuple[float, float]]], metric: Metric
+) -> list[tuple[float, float, float, float]]:
+    """(x, lowest, mean, highest) where every run that has the curve has a point, at most `MAX_POINTS`."""
+    curves = [curve for curve in curves if curve]
+    if not curves:
+        return []
+    by_x: dict[float, list[float]] = {}
+    for curve in curves:
+        for x, value in curve:
+            by_x.setdefault(x, []).append(metric.scaled(value))
+    points = []
+    for x, values in sorted(by_x.items()):
+        found = spread(values)
+        if found is not None and found.n == len(curves):
+            points.append((x, min(values), found.mean, max(values)))
+    stride = -(-len(points) // MAX_POINTS)
+    return points[::stride] if stride > 1 else points
+
+
+def costs(comparison: Comparison) -> list[Chart]:
+    """Time of an epoch and peak memory, beside the baseline's."""
+    kinds = (
+        ("seconds_per_epoch", "Time of an epoch", "seconds per epoch, validation included"),
+        ("peak_memory_mb", "Peak memory", "peak memory in MB"),
+    )
+    return [chart for kind in kinds if (chart := _cost(comparison, *kind)) is not None]
+
+
+def _cost(comparison: Comparison, key: str, title: str, words: str) -> Chart | None:
+    shown = [(i, row, value) for i, row in enumerate(comparison.rows) if (value := getattr(row, key)) is not None]
+    if len(shown) < 2:
+        return None
+    line, left = 24, min(40 + 6.4 * max(len(row.label) for _, row, _ in shown), 200)
+    height = TOP + line * len(shown) + BOTTOM
+    x = Axis(words, 0, 1.22 * max(value.mean for _, _, value in shown), left, WIDTH - RIGHT)
+    y = Axis("", -0.5, len(shown) - 0.5, height - BOTTOM, TOP, labels=[" "] * len(shown))
+    picture = Picture(f"{title} by group", x, y, height=height)
+    picture.frame(grid_x=True)
+    numbers = []
+    for place, (i, row, value) in enumerate(reversed(shown)):
+        ratio = row.ratio(key)
+        beside = f" ({ratio:.2f} ×)" if ratio is not None else ""
+        text = f"{tick_label(float(f'{value.mean:.3g}'), [])}{beside}"
+        label = row.label if len(row.label) <= 27 else row.label[:26] + "…"
+        picture.text(left - 10, y(place) + 4, label, "name end")
+        tip = f"{row.label}: {text}"
+        width, top = x(value.mean) - left, y(place) - 7
+        rectangle = '<rect class="amount c{}" data-g="{}" data-tip="{}" x="{}" y="{}" width="{}" height="14"/>'
+        picture.add(rectangle, i, i, tip, left, top, round(width, 1))
+        picture.text(x(value.mean) + 5, y(place) + 4, text, "tick")
+        numbers.append([row.label, text])
+    caption = f"{title}: {words}, mean over seeds; in brackets times {comparison.baseline}."
+    return Chart(key.replace("_", "-"), title, caption, picture.svg(), ["group", words], numbers[::-1])

@@ -1,0 +1,244 @@
+"""Groups beside their static twins: one row of numbers for each group."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from reports.groups import Group, identity, make_groups, name_groups, show, twin_identity
+from reports.runs import ReportError, Run, why_not
+from reports.statistics import Difference, Spread, paired_difference, spread
+
+METRICS_BY_PREFERENCE = ("test/top1", "test/AP", "val/top1", "val/AP", "test/mAP", "val/mAP", "test/loss", "val/loss")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a figure is read and shown: shares in percent and differences in points, losses as they are."""
+
+    name: str
+
+    @property
+    def is_share(self) -> bool:
+        return bool(re.fullmatch(r"(top\d+|m?AP\w*|AR\w*|accuracy)", self.name.rsplit("/", 1)[-1]))
+
+    @property
+    def lower_is_better(self) -> bool:
+        return "loss" in self.name or "error" in self.name
+
+    @property
+    def unit(self) -> str:
+        return "%" if self.is_share else ""
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}{' (%)' if self.is_share else ''}"
+
+    def scaled(self, value: float) -> float:
+        return 100 * value if self.is_share else value
+
+    def text(self, value: float | None, sign: bool = False) -> str:
+        """A value or a difference, already scaled."""
+        if value is None:
+            return "–"
+        digits = 2 if self.is_share else 4
+        text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
+        return text.replace("-", "−")
+
+    def better(self, difference: Difference) -> str:
+        """ "better", "worse", "unclear" or "single"."""
+        verdict = difference.verdict
+        if verdict in ("unclear", "single"):
+            return verdict
+        return "better" if (verdict == "above") != self.lower_is_better else "worse"
+
+
+@dataclass
+class Row:
+    """A group's numbers; figures are scaled (percent), ratios are over the baseline's mean."""
+
+    group: Group
+    value: Spread
+    baseline: Row | None = None
+    difference: Difference | None = None
+    params: float | None = None
+    madds: float | None = None
+    images_per_second: Spread | None = None
+    seconds_per_epoch: Spread | None = None
+    peak_memory_mb: Spread | None = None
+    train: Spread | None = None
+    train_difference: Difference | None = None
+    best: Spread | None = None
+    cautions: list[str] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        return self.group.label
+
+    def ratio(self, key: str) -> float | None:
+        """This group's mean over its baseline's; None for the baseline itself or where either is missing."""
+        if self.baseline is None:
+            return None
+        ours, other = _mean(getattr(self, key)), _mean(getattr(self.baseline, key))
+        return ours / other if ours is not None and other else None
+
+
+@dataclass
+class Comparison:
+    """Everything the pages say about the counted runs, and the list of the others."""
+
+    metric: Metric
+    train_metric: Metric
+    best_metric: Metric
+    rows: list[Row]
+    left_out: list[Run]
+    following: list[str]
+    baseline: str
+
+    @property
+    def runs(self) -> list[Run]:
+        return [run for row in self.rows for run in row.group.runs]
+
+    @property
+    def columns(self) -> list[str]:
+        return list(self.rows[0].group.columns) if self.rows else []
+
+
+def _mean(value: Spread | float | None) -> float | None:
+    return value.mean if isinstance(value, Spread) else value
+
+
+def choose_metric(runs: Sequence[Run], asked: str | None) -> Metric:
+    """The figure that the report compares.
+
+    Raises:
+        ReportError: no finished run has the figure that was asked for.
+    """
+    known = {name for run in runs for name in run.figures}
+    if asked is not None:
+        if runs and asked not in known:
+            raise ReportError(f"metric={asked}: no finished run has this figure; there are {', '.join(sorted(known))}.")
+        return Metric(asked)
+    counts = {name: sum(name in run.figures for run in runs) for name in METRICS_BY_PREFERENCE}
+    most = max(counts.values(), default=0)
+    found = [name for name, count in counts.items() if count == most and count]
+    return Metric(found[0] if found else min(known, default="test/top1"))
+
+
+def compare(runs: Sequence[Run], metric: str | None = None, baseline: str | None = None) -> Comparison:
+    """Sort the runs into groups and compare each group with its static twin, or all with one group.
+
+    Args:
+        metric: name of the figure, such as "test/top1"; None chooses one.
+        baseline: settings of the group that all others are compared with, `key=value,key=value`; None is the static
+            twin of each: same everything but the experts.
+    """
+    for run in runs:
+        run.reason = why_not(run)
+    finished = [run for run in runs if not run.reason]
+    chosen = choose_metric(finished, metric)
+    for run in finished:
+        value = run.figures.get(chosen.name)
+        if value is None:
+            run.reason = f"finished, but has no figure {chosen.name}"
+        elif not math.isfinite(value):
+            run.reason = f"finished, but its {chosen.name} is {value}"
+    groups = make_groups([run for run in finished if not run.reason])
+    following = name_groups(groups)
+    leaf = chosen.name.rsplit("/", 1)[-1]
+    train = Metric(f"train/{leaf}" if any(f"train/{leaf}" in run.figures for run in finished) else "train/loss")
+    best = Metric(f"val/{leaf}")
+    rows = [_row(group, chosen, train, best) for group in groups]
+    said = _pair(rows, chosen, train, baseline)
+    return Comparison(chosen, train, best, rows, [run for run in runs if run.reason], following, said)
+
+
+def _row(group: Group, metric: Metric, train: Metric, best: Metric) -> Row:
+    runs = group.runs
+    value = _spread(runs, lambda run: metric.scaled(run.figures[metric.name]))
+    assert value is not None  # a group has a run, and every run of it the figure
+    params, madds = (_spread(runs, lambda run, k=key: run.number(f"model.{k}")) for key in ("params", "madds"))
+    return Row(
+        group,
+        value,
+        params=_mean(params),
+        madds=_mean(madds),
+        images_per_second=_spread(runs, lambda run: run.number("images_per_second")),
+        seconds_per_epoch=_spread(runs, seconds_per_epoch),
+        peak_memory_mb=_spread(runs, lambda run: run.number("peak_memory_mb")),
+        train=_spread(runs, lambda run: _scaled(train, run.figures.get(train.name))),
+        best=_spread(runs, lambda run: _scaled(best, run.best.get(best.name))),
+        cautions=_cautions(runs),
+    )
+
+
+def _scaled(metric: Metric, value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else metric.scaled(value)
+
+
+def seconds_per_epoch(run: Run) -> float | None:
+    """Wall time of the training over its epochs, validation included."""
+    seconds, epochs = run.number("seconds"), run.number("epochs")
+    return seconds / epochs if seconds is not None and epochs else None
+
+
+def _spread(runs: Sequence[Run], value: Callable[[Run], float | None]) -> Spread | None:
+    return spread([found for run in runs if (found := value(run)) is not None])
+
+
+def _cautions(runs: Sequence[Run]) -> list[str]:
+    """What else differs between runs that are averaged."""
+    names = {"commit": "commits", "device": "devices", "threads": "numbers of threads"}
+    found = []
+    for key, plural in names.items():
+        values = sorted({str(run.result[key]) for run in runs if run.result.get(key) is not None})
+        if len(values) > 1:
+            found.append(f"runs of {len(values)} {plural} ({', '.join(values)})")
+    return found
+
+
+def _pair(rows: list[Row], metric: Metric, train: Metric, baseline: str | None) -> str:
+    """Give each row its baseline and differences; returns the baseline in words."""
+    by_identity = {identity(row.group.settings): row for row in rows}
+    fixed = _find_baseline(rows, baseline) if baseline else None
+    for row in rows:
+        other = fixed or (None if row.group.is_static else by_identity.get(twin_identity(row.group.settings)))
+        if other is None or other is row:
+            continue
+        row.baseline = other
+        row.difference = _difference(row, other, metric)
+        row.train_difference = _difference(row, other, train)
+    if fixed:
+        return fixed.label
+    return "the static twin"
+
+
+def _difference(row: Row, other: Row, metric: Metric) -> Difference | None:
+    theirs = {show(run.seed): run.figures.get(metric.name) for run in other.group.runs}
+    pairs = []
+    for run in row.group.runs:
+        ours, twin = _scaled(metric, run.figures.get(metric.name)), _scaled(metric, theirs.get(show(run.seed)))
+        if ours is not None and twin is not None:
+            pairs.append((ours, twin))
+    return paired_difference(pairs)
+
+
+def _find_baseline(rows: list[Row], baseline: str) -> Row:
+    wanted = dict(part.split("=", 1) for part in baseline.split(",") if "=" in part)
+    if not wanted:
+        raise ReportError(f"baseline={baseline}: give settings, as in baseline=condconv.experts=0,model.width=0.25.")
+    found = [row for row in rows if all(_matches(row.group, key, value) for key, value in wanted.items())]
+    if len(found) != 1:
+        labels = "; ".join(row.label for row in (found or rows)[:12])
+        raise ReportError(
+            f"baseline={baseline} fits {len(found)} groups of runs, and must fit one. "
+            f"{'They are' if found else 'There are'}: {labels}."
+        )
+    return found[0]
+
+
+def _matches(group: Group, key: str, value: str) -> bool:
+    named = [name for name in group.settings if name == key or name.endswith(f".{key}")]
+    return any(show(group.settings[name]) == value for name in named)

@@ -1,0 +1,148 @@
+"""What was found, in sentences made from the numbers; what went against CondConv stands first."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from reports.comparison import Comparison, Metric
+from reports.groups import EXPERTS, experts_label
+from reports.statistics import Difference
+
+KINDS = ("worse", "caution", "unclear", "single", "better", "cost", "fact")
+"""In the order in which they are told."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence and what kind of news it is (`KINDS`)."""
+
+    kind: str
+    text: str
+
+
+def findings(comparison: Comparison) -> list[Finding]:
+    """All sentences, bad news first."""
+    if not comparison.rows:
+        return [Finding("caution", "No run counts: nothing can be compared.")]
+    found = [
+        *_differences(comparison),
+        *_cautions(comparison),
+        *_fit(comparison),
+        *_costs(comparison),
+        *_means(comparison),
+    ]
+    return sorted(found, key=lambda finding: KINDS.index(finding.kind))
+
+
+def interval_text(metric: Metric, found: Difference) -> str:
+    """ "+0.40 points (95 % interval −0.10 to +0.90, n = 3)"."""
+    unit = " points" if metric.is_share else ""
+    if found.low is None or found.high is None:
+        return f"{metric.text(found.mean, True)}{unit} (one pair of runs: no interval)"
+    interval = f"95 % interval {metric.text(found.low, True)} to {metric.text(found.high, True)}"
+    return f"{metric.text(found.mean, True)}{unit} ({interval}, n = {found.n})"
+
+
+def _differences(comparison: Comparison) -> list[Finding]:
+    metric, found = comparison.metric, []
+    endings = {
+        "worse": "worse",
+        "better": "better",
+        "unclear": "no difference shown",
+        "single": "one seed says nothing about noise",
+    }
+    for row in comparison.rows:
+        if row.difference is None:
+            continue
+        kind = metric.better(row.difference)
+        text = f"{row.label}: {metric.name} {interval_text(metric, row.difference)} to {comparison.baseline}: "
+        found.append(Finding(kind, f"{text}{endings[kind]}."))
+    return found
+
+
+def _cautions(comparison: Comparison) -> list[Finding]:
+    metric, rows, found = comparison.metric, comparison.rows, []
+    without = [row.label for row in rows if row.baseline is None and not row.group.is_static]
+    if comparison.baseline == "the static twin" and without:
+        found.append(f"No static run with the same settings and seeds, so nothing is compared: {_list(without)}.")
+    unpaired = [row.label for row in rows if row.baseline is not None and row.difference is None]
+    if unpaired:
+        found.append(f"The runs and those of {comparison.baseline} have no seed in common: {_list(unpaired)}.")
+    partly = [row for row in rows if row.difference is not None and row.difference.n < row.value.n]
+    if partly:
+        pairs = _list([f"{row.label} ({row.difference.n} of {row.value.n})" for row in partly if row.difference])
+        found.append(f"Not every run has a partner of its seed; only pairs are compared: {pairs}.")
+    if comparison.left_out:
+        many = len(comparison.left_out)
+        found.append(f"{many} run{'s' if many > 1 else ''} left out, not averaged in; the reasons are listed below.")
+    for row in rows:
+        found += [f"{row.label}: {caution}." for caution in row.cautions]
+    for key, words in (("commit", "commits"), ("device", "devices"), ("threads", "numbers of threads")):
+        values = sorted({str(run.result[key]) for run in comparison.runs if run.result.get(key) is not None})
+        if len(values) > 1 and not any(words in caution for row in rows for caution in row.cautions):
+            found.append(f"The groups come from {len(values)} {words}: {_list(values)}.")
+    if any(run.result.get("dirty") for run in comparison.runs):
+        found.append("Some runs were made with uncommitted changes in the code.")
+    judged = [row.difference for row in rows if row.difference is not None and row.difference.half_width is not None]
+    if judged:
+        half = statistics.median(d.half_width for d in judged if d.half_width is not None)
+        unit = " points" if metric.is_share else ""
+        text = f"With these seeds an interval reaches {metric.text(half)}{unit} to each side (median): "
+        text += "smaller effects cannot be seen in this data."
+        if len(judged) > 1:
+            text += f" Of {len(judged)} such intervals, one in twenty misses its true value by chance."
+        found.append(text)
+    return [Finding("caution", text) for text in found]
+
+
+def _fit(comparison: Comparison) -> list[Finding]:
+    """Does the capacity go into the training images? One sentence for each group where both differences are known."""
+    train, metric, found = comparison.train_metric, comparison.metric, []
+    if train.is_share != metric.is_share:
+        return []
+    for row in comparison.rows:
+        ours, evaluated = row.train_difference, row.difference
+        if ours is None or evaluated is None or ours.low is None or evaluated.low is None:
+            continue
+        if train.better(ours) == "better" and metric.better(evaluated) != "better":
+            text = f"{row.label}: fits the training images better ({train.name} {interval_text(train, ours)}), "
+            found.append(Finding("unclear", text + f"and no gain in {metric.name} is shown with it: it overfits more."))
+    return found
+
+
+def _costs(comparison: Comparison) -> list[Finding]:
+    found = []
+    words = (
+        ("seconds_per_epoch", "time per epoch"),
+        ("peak_memory_mb", "peak memory"),
+        ("params", "parameters"),
+        ("madds", "MADDs"),
+    )
+    for row in comparison.rows:
+        ratios = [(name, row.ratio(key)) for key, name in words]
+        text = ", ".join(f"{name} {ratio:.2f} ×" for name, ratio in ratios if ratio is not None)
+        if text:
+            found.append(Finding("cost", f"{row.label}: {text} of {comparison.baseline}."))
+    return found
+
+
+def _means(comparison: Comparison) -> list[Finding]:
+    """The means over experts in order, where experts alone vary."""
+    metric, rows = comparison.metric, comparison.rows
+    if comparison.columns != [EXPERTS] or len(rows) < 3:
+        return []
+    means = ", ".join(f"{experts_label(row.group.experts)} {metric.text(row.value.mean)}" for row in rows)
+    values = [row.value.mean for row in rows]
+    rising = all(a <= b for a, b in zip(values, values[1:], strict=False))
+    falling = all(a >= b for a, b in zip(values, values[1:], strict=False))
+    shape = (
+        "rise with every step" if rising else "fall with every step" if falling else "neither only rise nor only fall"
+    )
+    return [Finding("fact", f"Means of {metric.title} by experts {shape}: {means}.")]
+
+
+def _list(words: Sequence[str], most: int = 8) -> str:
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return "; ".join(words[:most]) + more

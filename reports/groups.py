@@ -1,0 +1,200 @@
+"""Runs that differ in their seed alone form a group; what differs between groups becomes the columns of the tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from reports.runs import Run
+
+Settings = dict[str, Any]
+
+SEED, EXPERTS = "seed", "condconv.experts"
+# Of a run rather than of what is measured.
+NOT_SETTINGS = ("seed", "name", "paths", "logger", "resume", "sweep_dir", "retry_failed", "hydra")
+NOT_SETTINGS += ("trainer.default_root_dir", "callbacks.progress")
+ROOMS = ("condconv.", "model.", "data.", "optim.", "task.", "trainer.")
+"""In this order settings are looked at for columns; all others come after."""
+
+
+@dataclass
+class Group:
+    """Runs with the same settings.
+
+    Attributes:
+        settings: dotted names and values, without what belongs to single runs.
+        runs: those that count, by seed; never two of one seed.
+        columns: the settings that tell this group from the others.
+        label: the columns in words.
+    """
+
+    settings: Settings
+    runs: list[Run] = field(default_factory=list)
+    columns: Settings = field(default_factory=dict)
+    label: str = ""
+
+    @property
+    def experts(self) -> Any:
+        return self.settings.get(EXPERTS)
+
+    @property
+    def is_static(self) -> bool:
+        return self.experts == 0
+
+
+def flatten(node: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Dotted names and values; an empty mapping and a list are values."""
+    if isinstance(node, dict) and node:
+        for key, value in node.items():
+            yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    elif prefix:
+        yield prefix, node
+
+
+def settings_of(run: Run) -> Settings:
+    """What was measured: the config without seed, name, paths and loggers.
+
+    A static network ignores every condconv.* setting, so its runs are told apart by none of them.
+    """
+    flat = dict(flatten(run.config))
+    seed, name, folder = flat.get(SEED), flat.get("name"), flat.get("paths.run")
+    static = flat.get(EXPERTS) == 0
+    settings: Settings = {}
+    for key, value in flat.items():
+        if any(key == each or key.startswith(each + ".") for each in NOT_SETTINGS):
+            continue
+        if key.endswith(".seed") and value == seed:
+            continue
+        if static and key.startswith("condconv.") and key != EXPERTS:
+            continue
+        if isinstance(value, str):
+            for known, sign in ((folder, "<run>"), (name, "<name>")):
+                value = value.replace(known, sign) if isinstance(known, str) and known else value
+        settings[key] = value
+    return settings
+
+
+def identity(settings: Settings) -> str:
+    """One text for equal settings; 1 and 1.0 are equal."""
+    plain = {k: float(v) if isinstance(v, int) and not isinstance(v, bool) else v for k, v in settings.items()}
+    return json.dumps(plain, sort_keys=True, default=str)
+
+
+def twin_identity(settings: Settings) -> str:
+    """The identity of the static twin: everything but the experts."""
+    others = {key: value for key, value in settings.items() if not key.startswith("condconv.")}
+    return identity({**others, EXPERTS: 0})
+
+
+def make_groups(runs: Sequence[Run]) -> list[Group]:
+    """Groups of the runs that count; a second run of the same settings and seed gets its reason and does not."""
+    groups: dict[str, Group] = {}
+    for run in sorted(runs, key=lambda each: each.ended, reverse=True):  # of duplicates the last one counts
+        settings = settings_of(run)
+        group = groups.setdefault(identity(settings), Group(settings))
+        counted = next((other for other in group.runs if other.seed == run.seed), None)
+        if counted is None:
+            group.runs.append(run)
+        else:
+            same = "the same figures" if counted.figures == run.figures else "other figures"
+            run.reason = f"duplicate of {counted.folder.name} ({same}), which ended later and counts"
+    found = list(groups.values())
+    for group in found:
+        group.runs.sort(key=lambda run: sort_key(run.seed))
+    name_groups(found)
+    return sorted(found, key=lambda group: [sort_key(value) for value in group.columns.values()])
+
+
+def sort_key(value: Any) -> tuple[int, float, str]:
+    """Nothing first, then numbers by size, then words."""
+    if value is None:
+        return 0, 0.0, ""
+    if isinstance(value, int | float):
+        return 1, float(value), ""
+    return 2, 0.0, str(value)
+
+
+def name_groups(groups: Sequence[Group]) -> list[str]:
+    """Give the groups their columns and labels; returns what also differs, but always together with a column."""
+    columns, following = columns_of(groups)
+    for group in groups:
+        group.columns = {key: group.settings.get(key) for key in columns}
+        group.label = label_of(group)
+    return following
+
+
+def columns_of(groups: Sequence[Group]) -> tuple[list[str], list[str]]:
+    """(settings that tell all groups apart, the others that differ).
+
+    A setting is a column if it separates groups that those before it do not, or if somebody typed it for a run.
+    """
+    keys = dict.fromkeys(key for group in groups for key in group.settings)
+    values = {key: [_text(group.settings.get(key)) for group in groups] for key in keys}
+    differing = [key for key in keys if len(set(values[key])) > 1]
+    typed = {str(o).lstrip("+~").split("=")[0] for g in groups for run in g.runs for o in _overrides(run)}
+
+    def rank(key: str) -> tuple[bool, bool, int, int]:
+        room = next((i for i, each in enumerate(ROOMS) if key.startswith(each)), len(ROOMS))
+        return key != EXPERTS, key not in typed, room, key.count(".")
+
+    columns: list[str] = []
+    parts: list[tuple[str, ...]] = [() for _ in groups]
+    for key in sorted(differing, key=rank):
+        finer = [(*part, value) for part, value in zip(parts, values[key], strict=True)]
+        separates = len(set(finer)) > len(set(parts))
+        if separates or (key in typed and not any(_same_partition(values[key], values[other]) for other in columns)):
+            columns.append(key)
+            parts = finer
+    return columns, [key for key in differing if key not in columns]
+
+
+def _same_partition(one: list[str], other: list[str]) -> bool:
+    pairs = set(zip(one, other, strict=True))
+    return len(pairs) == len(set(one)) == len(set(other))
+
+
+def _overrides(run: Run) -> list[Any]:
+    found = run.result.get("overrides")
+    return found if isinstance(found, list) else []
+
+
+def _text(value: Any) -> str:
+    return identity({"": value})
+
+
+def label_of(group: Group) -> str:
+    """The columns in words: "8 experts, width 0.5"; a group without columns is named by its number of experts."""
+    words = []
+    for key, value in (group.columns or {EXPERTS: group.experts}).items():
+        if key == EXPERTS:
+            words.append(experts_label(value))
+        elif key in group.settings:  # a static network has no routing to name
+            words.append(f"{short_name(key, group.columns)} {show(value)}")
+    return ", ".join(words) or "all runs"
+
+
+def experts_label(experts: Any) -> str:
+    """How a number of experts is called."""
+    if experts is None:
+        return "no experts setting"
+    return "static" if experts == 0 else f"{show(experts)} expert{'' if experts == 1 else 's'}"
+
+
+def short_name(key: str, others: Iterable[str] = ()) -> str:
+    """The last part of a dotted name, or the last two where another column ends alike."""
+    parts = key.split(".")
+    alike = sum(other.split(".")[-1] == parts[-1] for other in others)
+    return ".".join(parts[-2:]) if alike > 1 or parts[-1] in ("name", "_target_") else parts[-1].replace("_", " ")
+
+
+def show(value: Any) -> str:
+    """A setting's value as text."""
+    if value is None:
+        return "none"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list | dict):
+        return json.dumps(value, default=str)
+    return str(value)

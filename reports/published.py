@@ -1,0 +1,95 @@
+"""Published figures beside ours, where ours were measured on the same data; "not run" where they were not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from reports.comparison import Comparison, Row
+
+TABLE = Path(__file__).with_name("published.yaml")
+NOT_RUN = "not run"
+TITLES = {"imagenet": "ImageNet, top-1 (%)", "coco": "COCO minival, mAP (%)", "cifar10": "CIFAR-10, top-1 (%)"}
+LEAVES = {"imagenet": ("top1",), "coco": ("AP", "mAP"), "cifar10": ("top1",)}
+
+
+@dataclass(frozen=True)
+class Published:
+    """One published figure, and ours of the same network on the same data."""
+
+    data: str
+    network: str
+    experts: int
+    value: str
+    tag: str
+    cost: str
+    note: str
+    ours: str
+    is_ours_here: bool  # a network of this kind is in the report, on whatever data
+
+
+def published(comparison: Comparison) -> list[Published]:
+    """The whole table, networks of this report first."""
+    table: dict[str, list[dict[str, Any]]] = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
+    models = {(_model(row), _width(row)) for row in comparison.rows}
+    found = [_entry(data, line, comparison, models) for data, lines in table.items() for line in lines]
+    return sorted(found, key=lambda entry: not entry.is_ours_here)
+
+
+def _entry(data: str, line: dict[str, Any], comparison: Comparison, models: set[tuple[str, float]]) -> Published:
+    width = float(line.get("width", 1.0))
+    network = line["model"] + (f" {width:g}" if "width" in line else "")
+    cost = ", ".join(f"{line[key]} {name}" for key, name in (("params", "params"), ("madds", "MADDs")) if key in line)
+    return Published(
+        TITLES[data],
+        network,
+        line["experts"],
+        f"{line['value']}",
+        line["tag"],
+        cost,
+        line.get("note", ""),
+        _ours(data, line, comparison),
+        (line["model"], width) in models,
+    )
+
+
+def _ours(data: str, line: dict[str, Any], comparison: Comparison) -> str:
+    metric = comparison.metric
+    if metric.name.rsplit("/", 1)[-1] not in LEAVES[data]:
+        return NOT_RUN
+    wanted = (line["model"], float(line.get("width", 1.0)), line["experts"])
+    rows = [row for row in comparison.rows if (_model(row), _width(row), row.group.experts) == wanted]
+    rows = [row for row in rows if _data(row) == data]
+    return "; ".join(_text(comparison, row, rows) for row in rows) or NOT_RUN
+
+
+def _text(comparison: Comparison, row: Row, rows: Sequence[Row]) -> str:
+    metric = comparison.metric
+    sd = f" ± {metric.text(row.value.sd)}" if row.value.sd is not None else ""
+    whose = f"{row.label}: " if len(rows) > 1 else ""
+    return f"{whose}{metric.text(row.value.mean)}{sd} (n = {row.value.n})"
+
+
+def _model(row: Row) -> str:
+    return str(row.group.settings.get("model.name"))
+
+
+def _width(row: Row) -> float:
+    width = row.group.settings.get("model.width")
+    return float(width) if isinstance(width, int | float) else 1.0
+
+
+def _data(row: Row) -> str:
+    """Which data set a group was trained on, by the class of its data module; "" for none of the table."""
+    settings = row.group.settings
+    target = str(settings.get("data._target_", "")).lower()
+    limited = any(settings.get(f"trainer.limit_{split}_batches") not in (None, 1.0) for split in ("train", "test"))
+    if limited or any(settings.get(key) for key in ("data.subset", "data.train_images", "data.max_images")):
+        return ""
+    if "cifar100" in target:
+        return ""
+    return next((name for name in ("imagenet", "cifar10", "coco") if name in target), "")

@@ -1,0 +1,185 @@
+"""The runs below a folder: what each was, how it ended, what it measured. Plain files alone, and none is trusted.
+
+A run is a folder with `config.yaml`, `result.json`, `metrics.csv`, or an offline folder of W&B (`reports.wandb_files`).
+Whatever is missing, truncated or of an unexpected type makes a problem that the page lists, never an exception.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from reports.metrics import Curves, read_metrics
+
+CONFIG, RESULT, METRICS = "config.yaml", "result.json", "metrics.csv"
+NEVER_ENTERED = {"latest-run", "checkpoints", ".git", ".hydra", ".venv", "__pycache__", "node_modules"}
+FINISHED = "finished"
+# libyaml reads a config twenty times faster; PyYAML may be built without it.
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class ReportError(ValueError):
+    """Something that who asked for the report can repair; the message says how."""
+
+
+@dataclass
+class Run:
+    """One run.
+
+    Attributes:
+        folder: where its files are.
+        config: the resolved config, empty if it could not be read.
+        result: what `result.json` holds (see configs/results.py), or the same keys from W&B.
+        status: "finished", "failed", "interrupted", "running", "incomplete" or "unreadable".
+        curves: metric -> points (epochs done, value).
+        problems: one sentence for each file that could not be read in full.
+        reason: why it does not count; empty for a run that does.
+    """
+
+    folder: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    result: dict[str, Any] = field(default_factory=dict)
+    status: str = "incomplete"
+    curves: Curves = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        return str(self.result.get("name") or self.config.get("name") or self.folder.name)
+
+    @property
+    def seed(self) -> Any:
+        return self.config.get("seed")
+
+    @property
+    def figures(self) -> dict[str, float]:
+        return numbers(self.result.get("figures"))
+
+    @property
+    def best(self) -> dict[str, float]:
+        return numbers(self.result.get("best"))
+
+    @property
+    def ended(self) -> str:
+        return str(self.result.get("ended") or "")
+
+    def number(self, key: str) -> float | None:
+        """A number of `result.json` by its dotted name, such as "model.params"; None if it is not there or not finite."""
+        value: Any = self.result
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return as_number(value)
+
+    @property
+    def command(self) -> str:
+        """As it was typed, or close to it."""
+        words = self.result.get("command")
+        return " ".join(str(word) for word in words) if isinstance(words, list) else ""
+
+
+def as_number(value: Any) -> float | None:
+    """The finite number, or None: for booleans, text, NaN and whatever else a file may hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def numbers(mapping: Any) -> dict[str, float]:
+    """The numbers of a mapping by name; NaN stays, since it says something about a run. Not a mapping: empty."""
+    if not isinstance(mapping, dict):
+        return {}
+    found = {str(k): v for k, v in mapping.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    return {key: float(value) for key, value in found.items()}
+
+
+def find_folders(roots: Sequence[Path]) -> Iterator[Path]:
+    """Every folder below the roots that holds a run, in order of names; each once, through whatever links.
+
+    Raises:
+        ReportError: a root is not a folder.
+    """
+    seen: set[str] = set()
+    for root in roots:
+        if not root.is_dir():
+            raise ReportError(f"runs={root}: there is no such folder.")
+        for path, folders, files in os.walk(root, followlinks=True):
+            real = os.path.realpath(path)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            here = {CONFIG, RESULT, METRICS} & set(files)
+            # A run's own W&B folder repeats what its plain files say.
+            skipped = NEVER_ENTERED | ({"wandb"} if here else set())
+            folders[:] = sorted(name for name in folders if name not in skipped)
+            if here or any(name.endswith(".wandb") for name in files):
+                folders[:] = [name for name in folders if not any(name.endswith(".wandb") for name in files)]
+                yield Path(path)
+
+
+def read_run(folder: Path) -> Run:
+    """Read what there is in a run's folder."""
+    if not any((folder / name).is_file() for name in (CONFIG, RESULT, METRICS)):
+        from reports.wandb_files import read_wandb
+
+        return read_wandb(folder)
+    run = Run(folder)
+    run.config = _mapping(folder / CONFIG, run.problems, _read_yaml)
+    run.result = _mapping(folder / RESULT, run.problems, lambda path: json.loads(path.read_text(encoding="utf-8")))
+    run.curves, last, problem = read_metrics(folder / METRICS)
+    if problem:
+        run.problems.append(problem)
+    run.status = _status(run)
+    if run.status != FINISHED:
+        run.result.setdefault("figures", last)  # how far it came; never counted
+    return run
+
+
+def _status(run: Run) -> str:
+    if not run.config:
+        return "unreadable"
+    status = str(run.result.get("status") or "")
+    return status if status in (FINISHED, "failed", "interrupted", "running") else "incomplete"
+
+
+def why_not(run: Run) -> str:
+    """Why a run does not count, for what its own files say; empty if it does."""
+    if run.status == FINISHED:
+        return ""
+    said = str(run.result.get("error") or "").strip()
+    reasons = {
+        "failed": f"failed: {said or 'no message'}",
+        "interrupted": f"interrupted{': ' + said if said else ''}",
+        "running": f"not finished: {RESULT} says running (it runs still, or was killed)",
+        "unreadable": "; ".join(run.problems) or "its config could not be read",
+        "incomplete": f"not finished: no readable {RESULT}" if not said else said,
+    }
+    return reasons[run.status]
+
+
+def _read_yaml(path: Path) -> Any:
+    return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a safe loader, both ways
+
+
+def _mapping(path: Path, problems: list[str], read: Any) -> dict[str, Any]:
+    if not path.is_file():
+        problems.append(f"no {path.name}")
+        return {}
+    try:
+        found = read(path)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        problems.append(f"{path.name} cannot be read ({first[:120]})")
+        return {}
+    if not isinstance(found, dict):
+        problems.append(f"{path.name} holds no mapping")
+        return {}
+    return {str(key): value for key, value in found.items()}
