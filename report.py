@@ -43,8 +43,8 @@ def parse(arguments: list[str]) -> dict[str, list[str]]:
     for word in arguments:
         key, equals, value = word.partition("=")
         if key not in KEYS:
-            close = difflib.get_close_matches(key, KEYS, n=1)
-            hint = f"Did you mean {close[0]}=? " if close else "" if equals else f"Did you mean runs={word}? "
+            close = difflib.get_close_matches(key, KEYS, n=1) if equals else [f"runs={word}"]
+            hint = f"Did you mean {close[0] if not equals else close[0] + '='}? " if close else ""
             raise ReportError(f"There is no option {word!r}. {hint}Options: {', '.join(f'{k}=' for k in KEYS)}.")
         if not value:
             raise ReportError(f"{key}= needs a value, as in {key}=...; --help says which.")

@@ -34,6 +34,8 @@ def charts_of(comparison: Comparison) -> list[Chart]:
     rows = comparison.rows
     makers: tuple[Callable[[Comparison], Chart | None], ...] = (effects, against_experts, against_madds, against_params)
     found = [make(comparison) for make in makers] if rows else []
+    if rows and found[0] is None:
+        found[0] = means(comparison)
     return [chart for chart in (*found, *learning_curves(comparison), *costs(comparison)) if chart is not None]
 
 
@@ -45,13 +47,13 @@ def _axes(x: tuple[str, float, float], y: tuple[str, float, float], log_x: bool 
 
 
 def value_text(metric: Metric, row: Row) -> str:
-    """ "61.20 ± 0.35 % (n = 3)"."""
+    """As in "61.20 ± 0.35 % (n = 3)"."""
     sd = f" ± {metric.text(row.value.sd)}" if row.value.sd is not None else ""
     return f"{metric.text(row.value.mean)}{sd}{' ' + metric.unit if metric.unit else ''} (n = {row.value.n})"
 
 
 def difference_text(metric: Metric, row: Row) -> str:
-    """ "+0.40 [−0.10, +0.90], n = 3"; empty without a baseline."""
+    """As in "+0.40 [−0.10, +0.90], n = 3"; empty without a baseline."""
     found = row.difference
     if found is None:
         return ""
@@ -73,7 +75,7 @@ def effects(comparison: Comparison) -> Chart | None:
     line, left = 26, min(40 + 6.4 * max(len(row.label) for _, row in shown), 200)
     height = TOP + line * len(shown) + BOTTOM
     unit = "points" if metric.is_share else metric.name
-    x = Axis(f"difference in {metric.name} to {comparison.baseline} ({unit})", *padded(ends), left, WIDTH - RIGHT)
+    x = Axis(f"difference in {metric.name} ({unit})", *padded(ends), left, WIDTH - RIGHT)
     y = Axis("", -0.5, len(shown) - 0.5, height - BOTTOM, TOP, labels=[" "] * len(shown))
     picture = Picture(f"Paired differences in {metric.name} to {comparison.baseline}", x, y, height=height)
     picture.frame(grid_x=True)
@@ -81,8 +83,7 @@ def effects(comparison: Comparison) -> Chart | None:
     for place, (i, row) in enumerate(reversed(shown)):
         found = row.difference
         assert found is not None
-        label = row.label if len(row.label) <= 27 else row.label[:26] + "…"
-        picture.text(left - 10, y(place) + 4, label, "name end")
+        picture.text(left - 10, y(place) + 4, _cut(row.label), "name end")
         if found.low is not None and found.high is not None:
             picture.bar(found.low, place, found.high, place, i, "interval")
         picture.dot(found.mean, place, i, f"{row.label}: {difference_text(metric, row)}", "dot", 5)
@@ -92,6 +93,30 @@ def effects(comparison: Comparison) -> Chart | None:
     )
     numbers = [[row.label, difference_text(metric, row)] for _, row in shown]
     return Chart("effects", "Difference to the baseline", caption, picture.svg(), ["group", "difference"], numbers)
+
+
+def means(comparison: Comparison) -> Chart | None:
+    """Mean and deviation of each group, for groups that have nothing to be compared with."""
+    metric, rows = comparison.metric, comparison.rows
+    line, left = 26, min(40 + 6.4 * max(len(row.label) for row in rows), 200)
+    height = TOP + line * len(rows) + BOTTOM
+    x = Axis(metric.title, *_spans(metric, rows), left, WIDTH - RIGHT)
+    y = Axis("", -0.5, len(rows) - 0.5, height - BOTTOM, TOP, labels=[" "] * len(rows))
+    picture = Picture(f"{metric.title} by group", x, y, height=height)
+    picture.frame(grid_x=True)
+    for place, (i, row) in enumerate(reversed(list(enumerate(rows)))):
+        picture.text(left - 10, y(place) + 4, _cut(row.label), "name end")
+        if row.value.sd is not None:
+            picture.bar(row.value.mean - row.value.sd, place, row.value.mean + row.value.sd, place, i, "interval")
+        picture.dot(row.value.mean, place, i, f"{row.label}: {value_text(metric, row)}", "dot", 5)
+    caption = f"{metric.title}: mean and standard deviation over seeds."
+    numbers = [[row.label, value_text(metric, row)] for row in rows]
+    return Chart("means", "Means", caption, picture.svg(), ["group", metric.title], numbers)
+
+
+def _cut(label: str) -> str:
+    """A label that fits beside a picture."""
+    return label if len(label) <= 27 else label[:26] + "…"
 
 
 def _series(rows: Sequence[Row]) -> dict[str, list[tuple[int, Row]]]:
@@ -137,8 +162,9 @@ def against_experts(comparison: Comparison) -> Chart | None:
     picture.frame()
     picture.text(6, 14, metric.title, "title")
     series = _series(comparison.rows)
-    for members in series.values():
-        placed = [(float(levels.index(row.group.experts)), i, row) for i, row in members if row in rows]
+    for k, members in enumerate(series.values()):
+        aside = min(0.6 / len(series), 0.12) * (k - (len(series) - 1) / 2)  # series stand side by side
+        placed = [(levels.index(row.group.experts) + aside, i, row) for i, row in members if row in rows]
         _points(picture, metric, placed)
     caption = f"{metric.title} against experts: mean and standard deviation over seeds; small dots are single runs."
     numbers = [[row.label, experts_label(row.group.experts), value_text(metric, row)] for row in rows]
@@ -148,10 +174,12 @@ def against_experts(comparison: Comparison) -> Chart | None:
 
 
 def against_madds(comparison: Comparison) -> Chart | None:
+    """The figure over multiply-adds per image."""
     return _against(comparison, "madds", "MADDs", "multiply-adds per image")
 
 
 def against_params(comparison: Comparison) -> Chart | None:
+    """The figure over parameters."""
     return _against(comparison, "params", "Parameters", "parameters")
 
 
@@ -279,7 +307,7 @@ def _cost(comparison: Comparison, key: str, title: str, words: str) -> Chart | N
         return None
     line, left = 24, min(40 + 6.4 * max(len(row.label) for _, row, _ in shown), 200)
     height = TOP + line * len(shown) + BOTTOM
-    x = Axis(words, 0, 1.22 * max(value.mean for _, _, value in shown), left, WIDTH - RIGHT)
+    x = Axis(words, 0, 1.4 * max(value.mean for _, _, value in shown), left, WIDTH - RIGHT)
     y = Axis("", -0.5, len(shown) - 0.5, height - BOTTOM, TOP, labels=[" "] * len(shown))
     picture = Picture(f"{title} by group", x, y, height=height)
     picture.frame(grid_x=True)
@@ -288,8 +316,7 @@ def _cost(comparison: Comparison, key: str, title: str, words: str) -> Chart | N
         ratio = row.ratio(key)
         beside = f" ({ratio:.2f} ×)" if ratio is not None else ""
         text = f"{tick_label(float(f'{value.mean:.3g}'), [])}{beside}"
-        label = row.label if len(row.label) <= 27 else row.label[:26] + "…"
-        picture.text(left - 10, y(place) + 4, label, "name end")
+        picture.text(left - 10, y(place) + 4, _cut(row.label), "name end")
         tip = f"{row.label}: {text}"
         width, top = x(value.mean) - left, y(place) - 7
         rectangle = '<rect class="amount c{}" data-g="{}" data-tip="{}" x="{}" y="{}" width="{}" height="14"/>'

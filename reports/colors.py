@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from reports.groups import EXPERTS, Group
+from reports.groups import EXPERTS, Group, identity
 
 STATIC = ("#5f6b76", "#aab4be")
 # Told apart by people of any colour vision (after Okabe and Ito), at a contrast of 3:1 with the page.
@@ -18,18 +18,23 @@ RAMP_DARK = ("#8f86ff", "#5c9dff", "#35b5d0", "#35c48d", "#9ad14b", "#e5d13a", "
 def colors(groups: Sequence[Group]) -> list[tuple[str, str]]:
     """(light, dark) for each group."""
     dynamic = [group for group in groups if not group.is_static]
-    one_row = all(list(group.columns) == [EXPERTS] for group in groups)
-    found = []
+    if all(list(group.columns) == [EXPERTS] for group in groups):
+        places = {id(group): i / max(len(dynamic) - 1, 1) for i, group in enumerate(dynamic)}
+        ramps = (RAMP_LIGHT, RAMP_DARK)
+        return [STATIC if g.is_static else (_at(ramps[0], places[id(g)]), _at(ramps[1], places[id(g)])) for g in groups]
+    # A hue for what groups share besides the experts; paler for fewer experts.
+    rows: dict[str, list[Group]] = {}
     for group in groups:
-        if group.is_static and (one_row or sum(each.is_static for each in groups) == 1):
-            found.append(STATIC)
-        elif one_row:
-            place = dynamic.index(group) / max(len(dynamic) - 1, 1)
-            found.append((_at(RAMP_LIGHT, place), _at(RAMP_DARK, place)))
-        else:
-            index = groups.index(group) % len(DISTINCT_LIGHT)
-            found.append((DISTINCT_LIGHT[index], DISTINCT_DARK[index]))
-    return found
+        others = {key: group.settings.get(key) for key in group.columns if key != EXPERTS}
+        rows.setdefault(identity(others), []).append(group)
+    found = {}
+    for index, members in enumerate(rows.values()):
+        hues = (DISTINCT_LIGHT[index % len(DISTINCT_LIGHT)], DISTINCT_DARK[index % len(DISTINCT_DARK)])
+        for place, group in enumerate(members):
+            paler = 0.5 * (1 - place / (len(members) - 1)) if len(members) > 1 else 0.0
+            found[id(group)] = (_at((hues[0], STATIC[0]), paler), _at((hues[1], STATIC[1]), paler))
+    only = [group for group in groups if group.is_static]
+    return [STATIC if [group] == only else found[id(group)] for group in groups]
 
 
 def _at(ramp: Sequence[str], place: float) -> str:

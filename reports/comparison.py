@@ -48,7 +48,7 @@ class Metric:
         return text.replace("-", "−")
 
     def better(self, difference: Difference) -> str:
-        """ "better", "worse", "unclear" or "single"."""
+        """One of "better", "worse", "unclear" or "single"."""
         verdict = difference.verdict
         if verdict in ("unclear", "single"):
             return verdict

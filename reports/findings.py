@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +11,11 @@ from reports.comparison import Comparison, Metric
 from reports.groups import EXPERTS, experts_label
 from reports.statistics import Difference
 
-KINDS = ("worse", "caution", "unclear", "single", "better", "cost", "fact")
+KINDS = ("summary", "worse", "unclear", "single", "better", "fact", "caution", "cost")
 """In the order in which they are told."""
+
+
+MANY = 7
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ def findings(comparison: Comparison) -> list[Finding]:
     if not comparison.rows:
         return [Finding("caution", "No run counts: nothing can be compared.")]
     found = [
+        *_summary(comparison),
         *_differences(comparison),
         *_cautions(comparison),
         *_fit(comparison),
@@ -37,12 +42,28 @@ def findings(comparison: Comparison) -> list[Finding]:
 
 
 def interval_text(metric: Metric, found: Difference) -> str:
-    """ "+0.40 points (95 % interval −0.10 to +0.90, n = 3)"."""
+    """As in "+0.40 points (95 % interval −0.10 to +0.90, n = 3)"."""
     unit = " points" if metric.is_share else ""
     if found.low is None or found.high is None:
         return f"{metric.text(found.mean, True)}{unit} (one pair of runs: no interval)"
     interval = f"95 % interval {metric.text(found.low, True)} to {metric.text(found.high, True)}"
     return f"{metric.text(found.mean, True)}{unit} ({interval}, n = {found.n})"
+
+
+def _summary(comparison: Comparison) -> list[Finding]:
+    metric = comparison.metric
+    kinds = [metric.better(row.difference) for row in comparison.rows if row.difference is not None]
+    if not kinds:
+        return []
+    words = (
+        ("worse", "worse"),
+        ("unclear", "without a difference shown"),
+        ("better", "better"),
+        ("single", "one seed"),
+    )
+    counts = ", ".join(f"{kinds.count(kind)} {word}" for kind, word in words if kind in kinds or kind != "single")
+    many = f"{len(kinds)} group{'s' if len(kinds) > 1 else ''}"
+    return [Finding("summary", f"{many} compared with {comparison.baseline} by {metric.name}: {counts}.")]
 
 
 def _differences(comparison: Comparison) -> list[Finding]:
@@ -53,8 +74,13 @@ def _differences(comparison: Comparison) -> list[Finding]:
         "unclear": "no difference shown",
         "single": "one seed says nothing about noise",
     }
+    unclear = [row for row in comparison.rows if row.difference and metric.better(row.difference) == "unclear"]
+    if len(unclear) > MANY:  # one sentence, or the others drown in them
+        each = [f"{row.label} {interval_text(metric, row.difference)}" for row in unclear if row.difference]
+        text = f"No difference in {metric.name} to {comparison.baseline} shown for {len(unclear)} groups"
+        found.append(Finding("unclear", f"{text}: {_list(each, 40)}."))
     for row in comparison.rows:
-        if row.difference is None:
+        if row.difference is None or (len(unclear) > MANY and row in unclear):
             continue
         kind = metric.better(row.difference)
         text = f"{row.label}: {metric.name} {interval_text(metric, row.difference)} to {comparison.baseline}: "
@@ -92,13 +118,13 @@ def _cautions(comparison: Comparison) -> list[Finding]:
         text = f"With these seeds an interval reaches {metric.text(half)}{unit} to each side (median): "
         text += "smaller effects cannot be seen in this data."
         if len(judged) > 1:
-            text += f" Of {len(judged)} such intervals, one in twenty misses its true value by chance."
+            text += f" One in twenty such intervals misses the true value by chance; here are {len(judged)}."
         found.append(text)
     return [Finding("caution", text) for text in found]
 
 
 def _fit(comparison: Comparison) -> list[Finding]:
-    """Does the capacity go into the training images? One sentence for each group where both differences are known."""
+    """Does the capacity go into the training images?"""
     train, metric, found = comparison.train_metric, comparison.metric, []
     if train.is_share != metric.is_share:
         return []
@@ -107,24 +133,30 @@ def _fit(comparison: Comparison) -> list[Finding]:
         if ours is None or evaluated is None or ours.low is None or evaluated.low is None:
             continue
         if train.better(ours) == "better" and metric.better(evaluated) != "better":
-            text = f"{row.label}: fits the training images better ({train.name} {interval_text(train, ours)}), "
-            found.append(Finding("unclear", text + f"and no gain in {metric.name} is shown with it: it overfits more."))
-    return found
+            found.append(f"{row.label} {interval_text(train, ours)}")
+    if not found:
+        return []
+    text = (
+        f"The training images are fitted better ({train.name}) without a gain shown in {metric.name}: {_list(found)}."
+    )
+    return [Finding("unclear", text)]
 
 
 def _costs(comparison: Comparison) -> list[Finding]:
+    """One sentence for each kind of cost."""
     found = []
     words = (
-        ("seconds_per_epoch", "time per epoch"),
-        ("peak_memory_mb", "peak memory"),
-        ("params", "parameters"),
+        ("seconds_per_epoch", "Time per epoch"),
+        ("images_per_second", "Images per second in training"),
+        ("peak_memory_mb", "Peak memory"),
+        ("params", "Parameters"),
         ("madds", "MADDs"),
     )
-    for row in comparison.rows:
-        ratios = [(name, row.ratio(key)) for key, name in words]
-        text = ", ".join(f"{name} {ratio:.2f} ×" for name, ratio in ratios if ratio is not None)
-        if text:
-            found.append(Finding("cost", f"{row.label}: {text} of {comparison.baseline}."))
+    for key, name in words:
+        ratios = [(row.label, row.ratio(key)) for row in comparison.rows]
+        each = [f"{label} {ratio:.2f} ×" for label, ratio in ratios if ratio is not None]
+        if each:
+            found.append(Finding("cost", f"{name}, times {comparison.baseline}'s: {_list(each, 12)}."))
     return found
 
 
@@ -135,8 +167,8 @@ def _means(comparison: Comparison) -> list[Finding]:
         return []
     means = ", ".join(f"{experts_label(row.group.experts)} {metric.text(row.value.mean)}" for row in rows)
     values = [row.value.mean for row in rows]
-    rising = all(a <= b for a, b in zip(values, values[1:], strict=False))
-    falling = all(a >= b for a, b in zip(values, values[1:], strict=False))
+    rising = all(a <= b for a, b in itertools.pairwise(values))
+    falling = all(a >= b for a, b in itertools.pairwise(values))
     shape = (
         "rise with every step" if rising else "fall with every step" if falling else "neither only rise nor only fall"
     )

@@ -45,8 +45,8 @@ class Group:
 
 
 def flatten(node: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """Dotted names and values; an empty mapping and a list are values."""
-    if isinstance(node, dict) and node:
+    """Dotted names and values; a list is a value, an empty mapping nothing."""
+    if isinstance(node, dict):
         for key, value in node.items():
             yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
     elif prefix:
@@ -147,7 +147,9 @@ def columns_of(groups: Sequence[Group]) -> tuple[list[str], list[str]]:
         if separates or (key in typed and not any(_same_partition(values[key], values[other]) for other in columns)):
             columns.append(key)
             parts = finer
-    return columns, [key for key in differing if key not in columns]
+    # What a static network has no use for differs from nothing.
+    having = {key: {_text(group.settings[key]) for group in groups if key in group.settings} for key in differing}
+    return columns, [key for key in differing if key not in columns and len(having[key]) > 1]
 
 
 def _same_partition(one: list[str], other: list[str]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 Curves = dict[str, list[tuple[float, float]]]
@@ -16,8 +17,8 @@ SPEED = "speed/images_per_second"
 def read_metrics(path: Path) -> tuple[Curves, dict[str, float], str]:
     """The curves, the last value of every metric, and a sentence about what is wrong with the file (or nothing).
 
-    Of a metric's values in one epoch the mean is drawn for `train/`, the last one otherwise. After a resume the file may
-    hold a step twice: the later line counts.
+    Of a metric's values in one epoch the mean is drawn for `train/`, the last one otherwise. After a resume the file
+    may hold a step twice: the later line counts.
     """
     if not path.is_file():
         return {}, {}, f"no {path.name}"
@@ -25,11 +26,13 @@ def read_metrics(path: Path) -> tuple[Curves, dict[str, float], str]:
     broken = 0
     try:
         with path.open(newline="", encoding="utf-8", errors="replace") as file:
-            lines = csv.reader(line.replace("\0", "") for line in file)
+            # Every whole line ends with a line break; the last field of a cut one may be half a number.
+            whole = (line.replace("\0", "") if line.endswith("\n") else line.rpartition(",")[0] for line in file)
+            lines = csv.reader(whole)
             columns = next(lines, [])
             for line in lines:
                 broken += len(line) != len(columns)
-                history.append(_numbers(columns, line))
+                history.append(dict(_numbers(columns, line)))
     except (OSError, csv.Error) as error:
         return {}, {}, f"{path.name} cannot be read ({error})"
     if not columns:
@@ -39,17 +42,13 @@ def read_metrics(path: Path) -> tuple[Curves, dict[str, float], str]:
     return curves, last, problem
 
 
-def _numbers(columns: list[str], line: list[str]) -> dict[str, float]:
-    found: dict[str, float] = {}
-    # The last field of a cut line may be half a number.
-    usable = line if len(line) == len(columns) else line[:-1]
-    for column, text in zip(columns, usable, strict=False):
+def _numbers(columns: list[str], line: list[str]) -> Iterator[tuple[str, float]]:
+    for column, text in zip(columns, line, strict=False):
         if text:
             try:
-                found[column] = float(text)
+                yield column, float(text)
             except ValueError:
                 continue
-    return found
 
 
 def summarize(history: list[dict[str, float]]) -> tuple[Curves, dict[str, float]]:

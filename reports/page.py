@@ -1,4 +1,4 @@
-"""Write a report: index.html (one file, nothing loaded from elsewhere), report.md, figures/*.svg, runs.csv, groups.csv."""
+"""Write a report: index.html (one file, nothing loaded from elsewhere), report.md, figures/*.svg and two CSV files."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ KINDS = {
     "better": "better",
     "cost": "cost",
     "fact": "means",
+    "summary": "in short",
 }
 EXTRAS = {
     "params": "params",
@@ -114,7 +115,7 @@ def markdown_text(value: Any) -> str:
 def build_context(comparison: Comparison, options: Options) -> dict[str, Any]:
     """Everything that the templates show, as text."""
     rows = comparison.rows
-    columns = comparison.columns
+    columns = comparison.columns if len(comparison.columns) > 1 else []  # a single one stands in the group's name
     shown = {key: any(getattr(row, key) is not None for row in rows) for key in (*EXTRAS, "train", "best")}
     names = [name for key, name in EXTRAS.items() if shown[key]]
     names += [comparison.train_metric.title] if shown["train"] else []
@@ -152,8 +153,8 @@ def build_context(comparison: Comparison, options: Options) -> dict[str, Any]:
 def _lead(comparison: Comparison) -> str:
     models = sorted({show(row.group.settings.get("model.name")) for row in comparison.rows})
     data = sorted({_data_name(row) for row in comparison.rows})
-    what = f"{', '.join(models)} on {', '.join(data)}" if comparison.rows else "no run that counts"
-    return f"{what[0].upper()}{what[1:]}; compared by {comparison.metric.name}, made {datetime.now(timezone.utc):%Y-%m-%d}."
+    what = f"{', '.join(models)} on {', '.join(data)}" if comparison.rows else "No run that counts"
+    return f"{what}; compared by {comparison.metric.name}, made {datetime.now(timezone.utc):%Y-%m-%d}."
 
 
 def _data_name(row: Row) -> str:
@@ -175,17 +176,11 @@ def _tiles(comparison: Comparison) -> list[dict[str, str]]:
     tiles = [("runs that count", str(len(runs))), ("runs left out", str(len(left)))]
     tiles += [("groups", str(len(rows))), ("seeds", str(len(seeds)))]
     tiles.append(("hours of training", f"{hours(runs) + hours(left):.1f}"))
-    if rows:
-        best = (min if comparison.metric.lower_is_better else max)(rows, key=lambda row: row.value.mean)
-        value = comparison.metric.text(best.value.mean)
-        tiles.append(
-            (
-                f"highest mean {comparison.metric.title}: {best.label}".replace(
-                    "highest", "lowest" if comparison.metric.lower_is_better else "highest"
-                ),
-                value,
-            )
-        )
+    kinds = [comparison.metric.better(row.difference) for row in rows if row.difference is not None]
+    if kinds:
+        words = {"worse": f"worse than {comparison.baseline}", "unclear": "no difference shown"}
+        words["better"] = f"better than {comparison.baseline}"
+        tiles += [(word, str(kinds.count(kind))) for kind, word in words.items()]
     return [{"name": name, "value": value} for name, value in tiles]
 
 
@@ -223,7 +218,8 @@ def _row(index: int, row: Row, comparison: Comparison, shown: dict[str, bool]) -
         if shown[key]:
             part: Spread | None = getattr(row, key)
             cells.append(Cell("–") if part is None else Cell(own.text(part.mean), sort=repr(part.mean)))
-    settings = [show(value) if key in row.group.settings else "–" for key, value in row.group.columns.items()]
+    many = row.group.columns if len(row.group.columns) > 1 else {}
+    settings = [show(value) if key in row.group.settings else "–" for key, value in many.items()]
     return {"index": index, "label": row.label, "settings": settings, "n": row.value.n, "cells": cells}
 
 
@@ -308,11 +304,13 @@ def _provenance(comparison: Comparison, options: Options) -> list[tuple[str, str
         ("versions", ", ".join(versions) or "not recorded"),
         (
             "groups",
-            "runs whose configs differ in seed, name, paths and loggers alone; a static network's condconv.* settings count for nothing",
+            "runs whose configs differ in seed, name, paths and loggers alone; "
+            "a static network's condconv.* settings count for nothing",
         ),
         (
             "figures",
-            "of the final weights, unless the figure's name says otherwise; “best” is chosen on the evaluation images and optimistic",
+            "of the final weights, unless the figure's name says otherwise; "
+            "“best” is chosen on the evaluation images and optimistic",
         ),
         ("intervals", "two-sided 95 % t intervals of differences paired by seed; standard deviations with n − 1"),
         ("time", "wall time of the training over its epochs, validation included; images/s are the training's alone"),

@@ -35,14 +35,13 @@ class Published:
 def published(comparison: Comparison) -> list[Published]:
     """The whole table, networks of this report first."""
     table: dict[str, list[dict[str, Any]]] = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
-    models = {(_model(row), _width(row)) for row in comparison.rows}
+    models = {_model(row) for row in comparison.rows}
     found = [_entry(data, line, comparison, models) for data, lines in table.items() for line in lines]
     return sorted(found, key=lambda entry: not entry.is_ours_here)
 
 
-def _entry(data: str, line: dict[str, Any], comparison: Comparison, models: set[tuple[str, float]]) -> Published:
-    width = float(line.get("width", 1.0))
-    network = line["model"] + (f" {width:g}" if "width" in line else "")
+def _entry(data: str, line: dict[str, Any], comparison: Comparison, models: set[str]) -> Published:
+    network = line["model"] + (f" {line['width']}" if "width" in line else "")
     cost = ", ".join(f"{line[key]} {name}" for key, name in (("params", "params"), ("madds", "MADDs")) if key in line)
     return Published(
         TITLES[data],
@@ -53,7 +52,7 @@ def _entry(data: str, line: dict[str, Any], comparison: Comparison, models: set[
         cost,
         line.get("note", ""),
         _ours(data, line, comparison),
-        (line["model"], width) in models,
+        line["model"] in models,
     )
 
 

@@ -72,7 +72,7 @@ class Run:
         return str(self.result.get("ended") or "")
 
     def number(self, key: str) -> float | None:
-        """A number of `result.json` by its dotted name, such as "model.params"; None if it is not there or not finite."""
+        """A number of `result.json` by its dotted name, such as "model.params"; None if it is missing or not finite."""
         value: Any = self.result
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
@@ -160,7 +160,7 @@ def why_not(run: Run) -> str:
         "interrupted": f"interrupted{': ' + said if said else ''}",
         "running": f"not finished: {RESULT} says running (it runs still, or was killed)",
         "unreadable": "; ".join(run.problems) or "its config could not be read",
-        "incomplete": f"not finished: no readable {RESULT}" if not said else said,
+        "incomplete": said if said else f"not finished: no readable {RESULT}",
     }
     return reasons[run.status]
 

@@ -1,4 +1,4 @@
-"""Axes and marks of small SVG charts, without a library: text stays text, colours follow the page's light or dark scheme.
+"""Axes and marks of small SVG charts, without a library: text stays text, colours follow the light or dark scheme.
 
 Every mark of group `i` has the class `c<i>`, which sets the CSS variable `--c`; what a mark says when it is pointed at
 stands in its `data-tip`. All text is escaped here.
@@ -107,7 +107,9 @@ class Picture:
             self.add('<line class="axis" x1="{}" x2="{}" y1="{}" y2="{}"/>', at, at, bottom, bottom + 4)
             self.text(at, bottom + 17, label, "tick mid")
         self.add('<line class="axis" x1="{}" x2="{}" y1="{}" y2="{}"/>', left, right, bottom, bottom)
-        self.text((left + right) / 2, bottom + 36, self.x.title, "title mid")
+        # A long title of a narrow axis has the whole width.
+        middle = (left + right) / 2 if 6.2 * len(self.x.title) < right - left else self.width / 2
+        self.text(middle, bottom + 36, self.x.title, "title mid")
 
     def add(self, template: str, *values: object) -> None:
         """A piece of SVG whose `{}` are filled with escaped values."""

@@ -1,8 +1,8 @@
 """Runs in W&B's offline folders: config, summary, history and end, read without a server.
 
-The file `run-<id>.wandb` is a log in LevelDB's format (a header of 7 bytes, blocks of 32 KiB, records of type full, first,
-middle, last) of protobuf messages. wandb 0.31 has no reader of its own in Python any more, so the log is taken apart here
-and the messages by wandb's own classes.
+The file `run-<id>.wandb` is a log in LevelDB's format (a header of 7 bytes, blocks of 32 KiB, records of type full,
+first, middle, last) of protobuf messages. wandb 0.31 has no reader of its own in Python any more, so the log is taken
+apart here and the messages by wandb's own classes.
 """
 
 from __future__ import annotations

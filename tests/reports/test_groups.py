@@ -1,0 +1,128 @@
+"""Which runs are averaged, which become columns, and who is whose static twin."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from run_folders import write_run, write_sweep
+
+from reports.comparison import Comparison, compare
+from reports.runs import find_folders, read_run
+
+
+def compared(root: Path, **options: Any) -> Comparison:
+    return compare([read_run(folder) for folder in find_folders([root])], **options)
+
+
+def labels(comparison: Comparison) -> list[str]:
+    return [row.label for row in comparison.rows]
+
+
+def test_seeds_are_averaged_and_paired_with_the_static_twin(tmp_path: Path) -> None:
+    for seed, static, ours in ((1, 0.60, 0.61), (2, 0.50, 0.53), (3, 0.70, 0.72)):
+        write_run(tmp_path, 0, seed, top1=static)
+        write_run(tmp_path, 8, seed, top1=ours)
+    found = compared(tmp_path)
+    assert labels(found) == ["static", "8 experts"]
+    static, ours = found.rows
+    assert (static.value.n, round(static.value.mean, 6)) == (3, 60.0)
+    assert static.difference is None and ours.baseline is static
+    assert ours.difference is not None
+    # Paired, 1, 3 and 2 points: the spread between seeds, ten points, is not in it.
+    assert round(ours.difference.mean, 6) == 2.0
+    assert ours.difference.half_width is not None and round(ours.difference.half_width, 3) == 2.484
+    assert ours.ratio("params") == 9.0
+
+
+def test_only_common_seeds_are_paired(tmp_path: Path) -> None:
+    write_run(tmp_path, 0, 1, top1=0.5)
+    write_run(tmp_path, 8, 1, top1=0.6)
+    write_run(tmp_path, 8, 2, top1=0.9)
+    row = compared(tmp_path).rows[1]
+    assert row.difference is not None and (row.difference.n, round(row.difference.mean, 6)) == (1, 10.0)
+    assert row.difference.low is None, "one pair has no interval"
+
+
+def test_a_duplicate_is_named_and_not_averaged(tmp_path: Path) -> None:
+    write_run(tmp_path, 0, 1, top1=0.5, folder="first", ended="2026-01-31T10:00:00+00:00")
+    write_run(tmp_path, 0, 1, top1=0.9, folder="second", ended="2026-01-31T12:00:00+00:00")
+    found = compared(tmp_path)
+    assert [round(row.value.mean, 6) for row in found.rows] == [90.0]
+    assert [run.folder.name for run in found.left_out] == ["first"]
+    assert "duplicate of second" in found.left_out[0].reason and "other figures" in found.left_out[0].reason
+
+
+def test_the_differing_setting_is_the_column(tmp_path: Path) -> None:
+    write_run(tmp_path, 0, 1)
+    for routing in ("fc", "softmax"):
+        write_run(tmp_path, 8, 1, overrides={"condconv.routing": routing})
+    found = compared(tmp_path)
+    assert labels(found) == ["static", "8 experts, routing fc", "8 experts, routing softmax"]
+    assert all(row.baseline is found.rows[0] for row in found.rows[1:]), "a static network has no routing"
+
+
+def test_twins_agree_in_everything_else(tmp_path: Path) -> None:
+    for width in (0.25, 0.5):
+        for experts in (0, 8):
+            write_run(tmp_path, experts, 1, top1=width, overrides={"model.width": width})
+    write_run(tmp_path, 4, 1, overrides={"model.width": 1.0})
+    found = compared(tmp_path)
+    twins = {row.label: row.baseline.label if row.baseline else None for row in found.rows}
+    assert twins == {
+        "static, width 0.25": None,
+        "static, width 0.5": None,
+        "4 experts, width 1": None,
+        "8 experts, width 0.25": "static, width 0.25",
+        "8 experts, width 0.5": "static, width 0.5",
+    }
+
+
+def test_derived_settings_do_not_become_columns(tmp_path: Path) -> None:
+    for lr in (0.001, 0.002):
+        write_run(tmp_path, 0, 1, overrides={"optim.lr": lr})
+    for folder in tmp_path.iterdir():
+        text = (folder / "config.yaml").read_text()
+        if "lr: 0.002" in text:  # as if optim.optimizer.lr were ${optim.lr}
+            (folder / "config.yaml").write_text(text.replace("lr: 0.001", "lr: 0.002"))
+    found = compared(tmp_path)
+    assert found.columns == ["optim.lr"]
+    assert found.following == ["optim.optimizer.lr"]
+
+
+def test_static_runs_ignore_settings_of_the_experts(tmp_path: Path) -> None:
+    write_run(tmp_path, 0, 1, overrides={"condconv.routing": "fc"})
+    write_run(tmp_path, 0, 1, overrides={"condconv.routing": "softmax"}, ended="2026-02-01T00:00:00+00:00")
+    found = compared(tmp_path)
+    assert len(found.rows) == 1 and len(found.left_out) == 1, "the same network with the same seed"
+
+
+def test_a_chosen_baseline(tmp_path: Path) -> None:
+    write_sweep(tmp_path, experts=(0, 1, 8), seeds=(1, 2))
+    found = compared(tmp_path, baseline="experts=1")
+    assert found.baseline == "1 expert"
+    assert [row.baseline.label if row.baseline else None for row in found.rows] == ["1 expert", None, "1 expert"]
+
+
+def test_losses_are_better_when_lower(tmp_path: Path) -> None:
+    for seed in (1, 2, 3):
+        write_run(tmp_path, 0, seed, figures={"test/loss": 1.0 + seed / 100})
+        write_run(tmp_path, 8, seed, figures={"test/loss": 0.9 + seed / 100 + seed / 1000})
+    found = compared(tmp_path)
+    row = found.rows[1]
+    assert found.metric.name == "test/loss" and row.difference is not None
+    assert row.difference.mean < 0 and found.metric.better(row.difference) == "better"
+
+
+def test_detection_runs_are_compared_by_their_ap(tmp_path: Path) -> None:
+    for experts, value in ((0, 0.31), (8, 0.33)):
+        write_run(tmp_path, experts, 1, figures={"val/AP": value, "val/AP50": 0.5, "train/loss": 2.0})
+    found = compared(tmp_path)
+    assert found.metric.title == "val/AP (%)"
+    assert [round(row.value.mean, 6) for row in found.rows] == [31.0, 33.0]
+
+
+def test_other_commits_in_one_mean_are_said(tmp_path: Path) -> None:
+    write_run(tmp_path, 0, 1, commit="aaa")
+    write_run(tmp_path, 0, 2, commit="bbb")
+    assert compared(tmp_path).rows[0].cautions == ["runs of 2 commits (aaa, bbb)"]
