@@ -32,10 +32,16 @@ class DigitsDataModule(ImageDataModule):
         self.augment = augment
 
     def load(self, train: bool) -> TensorImages:
-        images, labels = _digits()
-        chosen = evaluation_part(labels) != train
+        images, labels = digits_of_part(train)
         augment = RandomAffine() if train and self.augment else None
-        return TensorImages(images[chosen], labels[chosen], self.image_size, augment, self.seed)
+        return TensorImages(images, labels, self.image_size, augment, self.seed)
+
+
+def digits_of_part(train: bool) -> tuple[Tensor, Tensor]:
+    """The training or the evaluation part: images uint8 `[M, 1, 8, 8]` and labels int64 `[M]`."""
+    images, labels = _digits()
+    chosen = evaluation_part(labels) != train
+    return images[chosen], labels[chosen]
 
 
 @cache
