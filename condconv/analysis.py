@@ -1,6 +1,7 @@
 """Statistics of routing weights: are the experts used, and does the routing depend on the input?
 
-Letters: N examples, E experts. All statistics are streaming and need O(E x bins) memory, however many examples.
+Letters: N examples, E experts, L classes (labels). All statistics are streaming: they need O(E x bins) or O(L x E)
+memory, however many examples.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ class RoutingSummary:
         mean_entropy: the same of the mean weights: low when the whole data set leans on few experts.
         saturation: share of saturated weights, see `SATURATED`.
         dead: indices of dead experts, see `DEAD`.
+        bimodality: of all weights together, see `bimodality`: experts with different constant weights have a high one.
+        expert_bimodality: mean of the experts' own ones, each counted by its variance: high only where single experts
+            are switched on and off by the input.
     """
 
     num_examples: int
@@ -51,6 +55,8 @@ class RoutingSummary:
     mean_entropy: float
     saturation: float
     dead: tuple[int, ...]
+    bimodality: float
+    expert_bimodality: float
 
     @property
     def num_dead(self) -> int:
@@ -90,6 +96,7 @@ class RoutingStatistics:
         """Forget everything seen."""
         self.num_examples = 0
         self._sums: dict[str, Tensor] = {}
+        self._origin: Tensor | None = None
 
     @torch.no_grad()
     def update(self, routing_NE: Tensor) -> None:
@@ -103,14 +110,16 @@ class RoutingStatistics:
                 f"routing weights must be a floating [N, E] matrix, got {routing_NE.dtype} {tuple(routing_NE.shape)}"
             )
         experts = routing_NE.shape[1]
-        if self._sums and self._sums["sum"].shape[0] != experts:
-            raise ValueError(f"these statistics are of {self._sums['sum'].shape[0]} experts, got {experts}")
+        if self._origin is not None and self._origin.shape[0] != experts:
+            raise ValueError(f"these statistics are of {self._origin.shape[0]} experts, got {experts}")
         if routing_NE.shape[0] == 0:
             return
         weights = routing_NE.detach().to(torch.float32 if routing_NE.device.type == "mps" else torch.float64)
+        if self._origin is None:  # sums of powers about a point near the mean: about zero, small variances cancel
+            self._origin = weights.mean(0)
+        centred = weights - self._origin
         batch = {
-            "sum": weights.sum(0),
-            "square_sum": weights.square().sum(0),
+            "powers": torch.stack([centred.pow(k).sum(0) for k in (1, 2, 3, 4)]),
             "entropy_sum": normalized_entropy(weights).sum(),
             "saturated": self._saturated(weights).sum(),
             "histogram": self._histogram(weights),
@@ -141,17 +150,22 @@ class RoutingStatistics:
         Raises:
             RuntimeError: nothing was seen.
         """
-        if not self.num_examples:
+        if self._origin is None:
             raise RuntimeError("no routing weights were seen: call update() with at least one example first")
         sums = {name: value.cpu().double() for name, value in self._sums.items()}
         count = self.num_examples
-        mean = sums["sum"] / count
-        std = (sums["square_sum"] / count - mean.square()).clamp_min(0).sqrt()
+        shift, m2, m3, m4 = _central_moments(sums["powers"] / count)
+        mean = self._origin.cpu().double() + shift
+        offset = mean - mean.mean()
+        pooled2 = m2 + offset**2
+        pooled3 = m3 + 3 * offset * m2 + offset**3
+        pooled4 = m4 + 4 * offset * m3 + 6 * offset**2 * m2 + offset**4
+        own = bimodality(m2, m3, m4).nan_to_num(0.0)
         dead = tuple(int(i) for i in torch.nonzero(sums["maximum"] < DEAD).flatten())
         return RoutingSummary(
             num_examples=count,
             mean=mean,
-            std=std,
+            std=m2.sqrt(),
             minimum=sums["minimum"],
             maximum=sums["maximum"],
             histogram=sums["histogram"].long(),
@@ -159,6 +173,112 @@ class RoutingStatistics:
             mean_entropy=float(normalized_entropy(mean.unsqueeze(0))),
             saturation=float(sums["saturated"]) / (count * mean.shape[0]),
             dead=dead,
+            bimodality=float(bimodality(pooled2.mean(), pooled3.mean(), pooled4.mean())),
+            expert_bimodality=float((own * m2).sum() / m2.sum()) if m2.sum() > 0 else math.nan,
+        )
+
+
+def _central_moments(raw_4E: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean and second to fourth central moments from the first four moments about any point."""
+    r1, r2, r3, r4 = raw_4E
+    m2 = (r2 - r1**2).clamp_min(0)
+    m3 = r3 - 3 * r1 * r2 + 2 * r1**3
+    m4 = r4 - 4 * r1 * r3 + 6 * r1**2 * r2 - 3 * r1**4
+    return r1, m2, m3, m4
+
+
+def bimodality(m2: Tensor, m3: Tensor, m4: Tensor) -> Tensor:
+    """Sarle's coefficient (skewness^2 + 1) / kurtosis from central moments; nan for constants (spread below 1e-6).
+
+    1 for two values, 5/9 for a uniform distribution, 1/3 for a normal one: above 5/9 is the usual sign of two modes. A
+    strongly skewed distribution with one mode has a high value too, so look at the histogram.
+    """
+    skewness2 = m3**2 / m2**3
+    kurtosis = m4 / m2**2
+    return torch.where(m2 > 1e-12, (skewness2 + 1) / kurtosis, torch.nan)
+
+
+@dataclass(frozen=True)
+class ClassSummary:
+    """What `ClassStatistics.compute` returns; tensors are float64 on the CPU.
+
+    Attributes:
+        counts: [L] labelled examples of each class.
+        mean, std: [L, E] of the weights of each class; nan for a class that was not seen.
+        between: [E] share of an expert's variance that lies between the classes, in [0, 1]: 0 when its weight says
+            nothing about the class, 1 when it is the same for all examples of a class. Adjusted for chance (Kelley's
+            epsilon squared): with many classes and few examples, class means differ by accident. nan where it is not
+            defined: a constant weight, or not more examples than classes.
+        between_all: the same of all experts together (sums of variances).
+    """
+
+    counts: Tensor
+    mean: Tensor
+    std: Tensor
+    between: Tensor
+    between_all: float
+
+
+class ClassStatistics:
+    """Accumulates the routing weights of one router by class; memory O(L x E).
+
+    Args:
+        num_classes: labels are 0 ... num_classes - 1; examples with a negative label belong to no class and are left
+            out.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        self.num_classes = num_classes
+        self._counts: Tensor | None = None
+
+    @torch.no_grad()
+    def update(self, routing_NE: Tensor, labels_N: Tensor) -> None:
+        """Add the routing weights of a batch, [N, E], and its labels, int64 [N].
+
+        Raises:
+            ValueError: numbers of examples that differ.
+        """
+        if len(labels_N) != len(routing_NE):
+            raise ValueError(f"{len(routing_NE)} examples need as many labels, got {len(labels_N)}")
+        known = labels_N >= 0
+        weights = routing_NE.detach().to(torch.float32 if routing_NE.device.type == "mps" else torch.float64)[known]
+        labels = labels_N[known].to(weights.device)
+        if self._counts is None:
+            self._origin = weights.mean(0) if len(weights) else weights.new_zeros(weights.shape[1])
+            self._counts = weights.new_zeros(self.num_classes)
+            self._sum, self._square_sum = (weights.new_zeros(self.num_classes, weights.shape[1]) for _ in range(2))
+        centred = weights - self._origin
+        self._counts.index_add_(0, labels, torch.ones_like(weights[:, 0]))
+        self._sum.index_add_(0, labels, centred)
+        self._square_sum.index_add_(0, labels, centred.square())
+
+    def compute(self) -> ClassSummary:
+        """Statistics of everything seen.
+
+        Raises:
+            RuntimeError: nothing was seen.
+        """
+        if self._counts is None:
+            raise RuntimeError("no routing weights were seen: call update() with at least one example first")
+        counts, sums, squares = (x.cpu().double() for x in (self._counts, self._sum, self._square_sum))
+        count, seen = float(counts.sum()), int((counts > 0).sum())
+        mean = sums / counts[:, None]  # 0 / 0 is nan, on purpose
+        std = (squares / counts[:, None] - mean**2).clamp_min(0).sqrt()
+        grand = sums.sum(0) / count
+        total = (squares.sum(0) - count * grand**2).clamp_min(0)
+        between = (counts[:, None] * (mean - grand) ** 2).nan_to_num(0.0).sum(0)
+
+        def share(between: Tensor, total: Tensor) -> Tensor:
+            if count <= seen:
+                return torch.full_like(total, torch.nan)
+            adjusted = 1 - (1 - between / total) * (count - 1) / (count - seen)
+            return torch.where(total > 1e-12 * count, adjusted.clamp(0, 1), torch.nan)
+
+        origin = self._origin.cpu().double()
+        return ClassSummary(
+            counts.long(), mean + origin, std, share(between, total), float(share(between.sum(), total.sum()))
         )
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy
 import pytest
 import torch
 from small_networks import SmallNet
 from torch import Tensor
 
-from condconv.analysis import RoutingStatistics, normalized_entropy, record_routing
+from condconv.analysis import ClassStatistics, RoutingStatistics, normalized_entropy, record_routing
 from condconv.convert import convert
 
 
@@ -108,3 +109,72 @@ def test_recording_a_network() -> None:
     assert statistics["classifier.router"].num_examples == 7, "recording must end with the context"
     with pytest.raises(ValueError, match="no router"), record_routing(SmallNet()):
         pass
+
+
+def sarle(values: numpy.ndarray) -> float:
+    centred = values - values.mean()
+    skewness = (centred**3).mean() / (centred**2).mean() ** 1.5
+    return float((skewness**2 + 1) * (centred**2).mean() ** 2 / (centred**4).mean())
+
+
+def test_bimodality_equals_the_definition_on_all_weights_at_once() -> None:
+    # Small spreads about different means: what sums of powers about zero would lose to rounding.
+    spread = torch.tensor([1e-4, 0.02, 0.1], dtype=torch.float64)
+    routing = torch.tensor([0.2, 0.5, 0.9]) + spread * torch.rand(501, 3, dtype=torch.float64) ** 2
+    summary = accumulated(routing, parts=6).compute()
+    whole = routing.numpy()
+    assert summary.bimodality == pytest.approx(sarle(whole.ravel()), rel=1e-9)
+    own, variance = [sarle(column) for column in whole.T], whole.var(0)
+    assert summary.expert_bimodality == pytest.approx((own * variance).sum() / variance.sum(), rel=1e-6)
+
+
+def test_bimodality_tells_switches_from_constants() -> None:
+    switched = accumulated((torch.rand(2000, 2) > 0.5).float()).compute()
+    assert switched.bimodality == pytest.approx(1, abs=0.01) and switched.expert_bimodality == pytest.approx(
+        1, abs=0.01
+    )
+    constants = accumulated(torch.tensor([0.1, 0.9]).repeat(100, 1)).compute()
+    assert constants.bimodality == pytest.approx(1) and math.isnan(constants.expert_bimodality)
+    uniform = accumulated(torch.rand(20000, 1, dtype=torch.float64)).compute()
+    assert uniform.expert_bimodality == pytest.approx(5 / 9, abs=0.01)
+
+
+def by_class(routing_NE: Tensor, labels_N: Tensor, num_classes: int) -> ClassStatistics:
+    statistics = ClassStatistics(num_classes)
+    for part, labels in zip(routing_NE.tensor_split(5), labels_N.tensor_split(5), strict=True):
+        statistics.update(part, labels)
+    return statistics
+
+
+def test_class_statistics_equal_the_plain_computation() -> None:
+    labels = torch.randint(-1, 3, (97,))
+    routing = torch.rand(97, 4, dtype=torch.float64) * 0.2 + 0.1 * labels[:, None]
+    summary = by_class(routing, labels, 5).compute()
+    known, classes = routing[labels >= 0].numpy(), labels[labels >= 0].numpy()
+    within = numpy.zeros(4)
+    for label in range(3):
+        rows = known[classes == label]
+        assert summary.counts[label] == len(rows)
+        numpy.testing.assert_allclose(summary.mean[label], rows.mean(0))
+        numpy.testing.assert_allclose(summary.std[label], rows.std(0))
+        within += ((rows - rows.mean(0)) ** 2).sum(0)
+    assert summary.counts[3:].tolist() == [0, 0] and bool(summary.mean[3:].isnan().all())
+    total, count = ((known - known.mean(0)) ** 2).sum(0), len(known)
+    numpy.testing.assert_allclose(summary.between, 1 - (within / total) * (count - 1) / (count - 3))
+    assert summary.between_all == pytest.approx(1 - (within.sum() / total.sum()) * (count - 1) / (count - 3))
+
+
+def test_classes_that_mean_nothing_have_no_share_of_the_variance() -> None:
+    routing, labels = torch.rand(400, 8), torch.randint(0, 100, (400,))
+    assert by_class(routing, labels, 100).compute().between_all < 0.03  # unadjusted: about 0.25
+    assert by_class(torch.eye(4)[labels % 4], labels % 4, 4).compute().between_all == pytest.approx(1)
+    assert math.isnan(by_class(torch.full((50, 3), 0.7), labels[:50] % 2, 2).compute().between_all)
+
+
+def test_class_statistics_refuse_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="3 examples need as many labels, got 2"):
+        ClassStatistics(2).update(torch.rand(3, 2), torch.zeros(2, dtype=torch.long))
+    with pytest.raises(RuntimeError, match="no routing weights were seen"):
+        ClassStatistics(2).compute()
+    with pytest.raises(ValueError, match="num_classes must be at least 1"):
+        ClassStatistics(0)
