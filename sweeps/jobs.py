@@ -1,0 +1,238 @@
+"""One job of a sweep: how its folder says how it stands, which command runs it, and what is written when it breaks."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import yaml
+
+from configs.results import METRICS_FILE, ROOT, RunRecord, now, read_result, write_result
+from configs.runs import CONFIG_FILE
+from sweeps.plan import Job
+
+LOG_FILE = "log.txt"
+# So long may a job take to save its state after it was told to stop.
+GRACE_S = 90.0
+STATES = ("waiting", "running", "finished", "failed", "interrupted")
+
+
+def state_on_disk(folder: Path) -> str:
+    """What an earlier start left: "new" (nothing), "finished", "failed" or "unfinished"."""
+    result = read_result(folder)
+    if result is not None:
+        return {"finished": "finished", "failed": "failed"}.get(result["status"], "unfinished")
+    return "unfinished" if (folder / CONFIG_FILE).is_file() else "new"
+
+
+@dataclass
+class JobRun:
+    """A job on its way through a sweep.
+
+    Args:
+        job: its name and its own overrides.
+        folder: of the run.
+        overrides: all of them, as train.py takes them.
+        script: train.py.
+    """
+
+    job: Job
+    folder: Path
+    overrides: list[str]
+    script: Path = ROOT / "train.py"
+    state: str = "waiting"
+    skipped: bool = False
+    code: int | None = None
+    started_s: float = 0.0
+    seconds: float = 0.0
+    failure: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.job.name
+
+    def arguments(self) -> list[str]:
+        """Of train.py: anew, or from the last checkpoint if there is one."""
+        if (self.folder / "checkpoints" / "last.ckpt").is_file() and (self.folder / CONFIG_FILE).is_file():
+            return [f"resume={quoted(self.folder)}"]
+        return [*self.overrides, f"paths.run={quoted(self.folder)}"]
+
+    def command(self) -> list[str]:
+        """The whole command line."""
+        return [sys.executable, str(ROOT / "sweeps" / "job.py"), str(self.script), *self.arguments()]
+
+    def prepare(self) -> list[str]:
+        """Clear what an earlier start left without a checkpoint, and return the command."""
+        command = self.command()
+        if not command[-1].startswith("resume=") and self.folder.is_dir():
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.begin()
+        return command
+
+    def own_environment(self, parent: str) -> dict[str, str]:
+        """What sweeps/job.py wants to know: the process to end with ("any": whichever started it), where to write."""
+        return {"CONDCONV_SWEEP_PROCESS": parent, "CONDCONV_SWEEP_LOG": str(self.folder / LOG_FILE)}
+
+    def begin(self) -> None:
+        self.state, self.started_s = "running", time.time()
+
+    def run(self, stop: Event, kill: Event, keep_open: tuple[int, ...] = ()) -> None:
+        """Run the job in a process of its own and wait for it; `stop` lets it save its state, `kill` does not."""
+        if stop.is_set():
+            return
+        process = subprocess.Popen(
+            self.prepare(),
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for the sweep, which passes it on in its own way
+            env={**os.environ, **self.environment, **self.own_environment(str(os.getpid()))},
+            pass_fds=keep_open,
+        )
+        told_s: float | None = None
+        while process.poll() is None:
+            if stop.is_set() and told_s is None:
+                told_s = time.monotonic()
+                _signal_group(process.pid, signal.SIGTERM)
+            if kill.is_set() or (told_s is not None and time.monotonic() - told_s > GRACE_S):
+                _signal_group(process.pid, signal.SIGKILL)
+                process.wait()
+            stop.wait(0.2) if told_s is None else time.sleep(0.2)
+        self.end(process.returncode, stopped=stop.is_set())
+
+    def end(self, code: int, stopped: bool = False) -> None:
+        """Take over how the job ended; what it could not write into its result.json is written here."""
+        self.code = code
+        self.seconds = time.time() - self.started_s
+        result = read_result(self.folder)
+        status = result["status"] if result else None
+        if status == "finished" and code == 0:
+            self.state = "finished"
+        elif stopped or (status == "interrupted" and code != 0):
+            self.state = "interrupted"
+        else:
+            self.state = "failed"
+            if status != "failed":
+                self._write_failure(code)
+
+    def _write_failure(self, code: int) -> None:
+        result = read_result(self.folder)
+        if result is None:  # it failed before its training began
+            record = RunRecord(self.folder, self.name, self.overrides)
+            result = {**record.result, "parts": 1, "command": self.command()}
+        result |= {"status": "failed", "ended": now(), "error": self._reason(code)}
+        write_result(self.folder, result)
+
+    def _reason(self, code: int) -> str:
+        if self.failure:
+            return self.failure
+        lines = self.log_tail().splitlines()
+        said = [line.partition("error: ")[2] for line in lines if line.startswith("error: ")]
+        if said:
+            return said[-1]
+        if code < 0:
+            name = signal.Signals(-code).name
+            hint = ", perhaps because the machine ran out of memory" if name == "SIGKILL" else ""
+            return f"The process was ended by {name}{hint}."
+        return f"The process ended with code {code}; see {self.folder / LOG_FILE}."
+
+    def log_tail(self, length: int = 20_000) -> str:
+        """The end of what the job said."""
+        return _tail(self.folder / LOG_FILE, length)
+
+    def error(self) -> str:
+        """Why it failed, or nothing."""
+        return str((read_result(self.folder) or {}).get("error") or "")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a running job is: `share` between 0 and 1 of its epochs, and its figure so far, if it has one."""
+
+    share: float = 0.0
+    figure: float | None = None
+
+
+def progress(folder: Path, metric: str, total: Callable[[Path], tuple[int, int]]) -> Progress:
+    """Read a running job's progress from its files; whatever is not there yet counts as nothing.
+
+    Args:
+        folder: of the run.
+        metric: the figure wanted, such as val/top1; the last value is taken.
+        total: folder -> (epochs, steps) of the whole training, -1 for what does not end it.
+    """
+    path = folder / METRICS_FILE
+    try:
+        with path.open(encoding="utf-8") as file:
+            head = file.readline()
+    except OSError:
+        return Progress()
+    text = _tail(path, 200_000)
+    if not text.startswith(head):
+        text = head + text.partition("\n")[2]
+    figure, step, epoch = None, 0, 0.0
+    for row in csv.DictReader(io.StringIO(text)):
+        figure = _number(row.get(metric), figure)
+        step = int(_number(row.get("step"), step) or 0)
+        epoch = _number(row.get("epoch"), epoch) or 0.0
+    epochs, steps = total(folder)
+    share = (step + 1) / steps if steps > 0 else epoch / epochs if epochs > 0 else 0.0
+    return Progress(min(max(share, 0.0), 1.0), figure)
+
+
+def training_length(folder: Path) -> tuple[int, int]:
+    """(epochs, steps) of a run's config, -1 for what does not end it."""
+    try:
+        trainer = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))["trainer"]
+        return int(trainer.get("max_epochs") or -1), int(trainer.get("max_steps") or -1)
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, yaml.YAMLError):
+        return -1, -1
+
+
+def final_figure(result: Mapping[str, Any] | None, metric: str) -> tuple[str, float] | None:
+    """(name, value) of the test figure of a finished run that goes with a validation metric, else that metric."""
+    figures = (result or {}).get("figures") or {}
+    for name in (metric.replace("val", "test", 1), metric):
+        if isinstance(figures.get(name), int | float):
+            return name, float(figures[name])
+    return None
+
+
+def quoted(path: Path) -> str:
+    """A path as the value of an override, whatever signs it holds."""
+    text = str(path).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{text}'"
+
+
+def _number(text: Any, otherwise: float | None) -> float | None:
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return otherwise
+
+
+def _tail(path: Path, length: int) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - length))
+            return file.read().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _signal_group(pid: int, number: int) -> None:
+    """To the job and every process it started, such as the other ranks of a distributed training."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, number)

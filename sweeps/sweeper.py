@@ -1,0 +1,295 @@
+"""The sweep itself: plans the jobs, leaves out what is done, runs the rest, and can be stopped at any time."""
+
+from __future__ import annotations
+
+import fcntl
+import inspect
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobStatus
+from hydra.core.utils import run_job as run_hydra_job
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from configs.messages import UserError, explain
+from configs.results import code_version, now, read_result
+from sweeps.display import Display
+from sweeps.jobs import JobRun, quoted, state_on_disk
+from sweeps.launchers import InProcess, InTurn, make_launcher
+from sweeps.names import short_hash
+from sweeps.plan import HARMLESS, Job, Plan, belongs_to_sweep, key_of, make_plan
+
+SWEEP_FILE = "sweep.json"
+LOCK_FILE = ".sweep.lock"
+# How long jobs of a killed sweep may take to end before a new start gives up.
+LOCK_WAIT_S = 120.0
+REFRESH_S = 1.0
+
+
+class Sweep:
+    """What every kind of sweep shares: its folder, its jobs' command lines, launching, showing, stopping.
+
+    Args:
+        hydra_context, task_function, config: as Hydra gives them to a sweeper.
+        launcher: `kind` and the options of `sweeps.launchers.make_launcher`.
+        params, unless_given, variants, static_twin: see `sweeps.plan.make_plan`.
+        generator: a function that returns `variants`, by its dotted name; see `sweeps.iso`.
+    """
+
+    def __init__(
+        self,
+        *,
+        hydra_context: Any,
+        task_function: Any,
+        config: DictConfig,
+        launcher: Mapping[str, Any] | None = None,
+        params: Mapping[str, Any] | None = None,
+        unless_given: Mapping[str, Any] | None = None,
+        variants: Sequence[Sequence[str]] | None = None,
+        static_twin: bool = False,
+        generator: str | None = None,
+        **others: Any,
+    ) -> None:
+        self.context = hydra_context
+        self.task_function = task_function
+        self.config = config
+        self.options = dict(others)
+        self.params = dict(params or {})
+        self.unless_given = dict(unless_given or {})
+        self.variants = [list(variant) for variant in variants or ()]
+        self.static_twin = static_twin
+        self.generator = generator
+        self.launcher = make_launcher(**{str(key): value for key, value in (launcher or {}).items()})
+        self.metric = "val/top1"
+        if "basic" not in str(OmegaConf.select(config, "hydra.launcher._target_")):
+            raise UserError(
+                "hydra/launcher= is not used here: choose launcher=in_turn, joblib, submitit or in_process."
+            )
+
+    def folder(self, arguments: Sequence[str]) -> Path:
+        """`sweep_dir=`, or one that follows from the command, so that the same command finds it again."""
+        if self.config.sweep_dir is not None:
+            return Path(self.config.sweep_dir).expanduser().absolute()
+        words = [
+            a for a in arguments if not belongs_to_sweep(key_of(a)) and key_of(a).partition(".")[0] not in HARMLESS
+        ]
+        kind = [a for a in arguments if key_of(a) in ("sweep", "hparams_search") or a.startswith("hydra.sweeper.")]
+        name = next((a.partition("=")[2] for a in kind if "." not in key_of(a)), "sweep")
+        label = f"{name}-{short_hash([*words, *kind])}"
+        return Path(self.config.paths.outputs).expanduser().absolute() / "sweeps" / label
+
+    def compose(self, overrides: Sequence[str]) -> DictConfig:
+        """The config of a job; an impossible one raises before anything is started."""
+        return self.context.config_loader.load_sweep_config(self.config, list(overrides))
+
+    def job_run(self, plan: Plan, job: Job, folder: Path) -> JobRun:
+        """A job with its folder and all its overrides, its name, W&B group and tags among them."""
+        overrides = plan.command_line(job)
+        cfg = self.compose(overrides)
+        self.metric = str(OmegaConf.select(cfg, "callbacks.checkpoint.monitor") or self.metric)
+        given = {key_of(override) for override in overrides}
+        labels = {"name": quoted(Path(job.name))}
+        if OmegaConf.select(cfg, "logger.wandb") is not None:
+            tags = ",".join(quoted(Path(tag)) for tag in ("sweep", *map(short, job.overrides)))
+            labels |= {"logger.wandb.group": quoted(Path(folder.name)), "logger.wandb.tags": f"[{tags}]"}
+        overrides += [f"{key}={value}" for key, value in labels.items() if key not in given]
+        script = Path(inspect.getsourcefile(inspect.unwrap(self.task_function)) or "train.py").resolve()
+        return JobRun(job, folder / job.name, overrides, script)
+
+    def launch(self, runs: Sequence[JobRun], display: Display) -> None:
+        """Run the jobs; Ctrl-C or SIGTERM lets the running ones save their state, a second one does not."""
+        launcher = self.launcher
+        if isinstance(launcher, InProcess):
+            launcher.call = self._call_here
+        if not launcher.threaded:
+            launcher.launch(runs)
+            return
+        failure: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                launcher.launch(runs)
+            except BaseException as error:  # shown by the main thread
+                failure.append(error)
+
+        with stopping(launcher, display):
+            thread = threading.Thread(target=work, name="launcher")
+            thread.start()
+            while thread.is_alive():
+                thread.join(REFRESH_S)
+                display.refresh()
+        if failure:
+            raise failure[0]
+
+    def _call_here(self, run: JobRun, arguments: list[str]) -> int:
+        """Run a job in this process, as Hydra's own launcher would."""
+        cfg = self.compose(arguments)
+        with open_dict(cfg):
+            cfg.hydra.job.num, cfg.hydra.job.id = 0, run.name
+            cfg.hydra.sweep.dir, cfg.hydra.sweep.subdir = str(run.folder.parent), run.name
+        done = run_hydra_job(
+            hydra_context=self.context,
+            task_function=self.task_function,
+            config=cfg,
+            job_dir_key="hydra.sweep.dir",
+            job_subdir_key="hydra.sweep.subdir",
+        )
+        if done.status == JobStatus.COMPLETED:
+            return 0
+        run.failure = explain(done._return_value)
+        return 1
+
+
+class GridSweep(Sweep):
+    """All jobs are known from the start."""
+
+    def run(self, arguments: Sequence[str]) -> list[JobRun]:
+        """Run or continue the sweep.
+
+        Raises:
+            UserError: the command cannot be planned, or the folder belongs to another sweep.
+            SystemExit: with 1 if a job failed, with 130 if the sweep was stopped.
+        """
+        folder = self.folder(arguments)
+        plan = self.plan(arguments)
+        runs = [self.job_run(plan, job, folder) for job in plan.jobs]
+        folder.mkdir(parents=True, exist_ok=True)
+        with only_one(folder) as lock:
+            self.launcher.keep_open = (lock,)
+            save_plan(folder, plan)
+            todo = [run for run in runs if not self.skip(run)]
+            display = Display(runs, self.metric, folder.name, min(self.launcher.slots, max(len(todo), 1)))
+            with display:
+                warn_of_other_code(runs, display)
+                self.launch(todo, display)
+            display.summary(folder)
+        if self.launcher.stop.is_set():
+            sys.exit(130)
+        if any(run.state == "failed" for run in runs):
+            sys.exit(1)
+        return runs
+
+    def plan(self, arguments: Sequence[str]) -> Plan:
+        """The jobs, with what the generator found if there is one."""
+        options = {"params": self.params, "unless_given": self.unless_given, "static_twin": self.static_twin}
+        variants = self.variants
+        if self.generator is not None:
+            first = make_plan(arguments, **options)
+            variants = find_generator(self.generator)(self.compose(first.command_line(first.jobs[-1])))
+        return make_plan(arguments, variants=variants, **options)
+
+    def skip(self, run: JobRun) -> bool:
+        """Whether a job stays as it is: finished, or failed and not to be retried."""
+        found = state_on_disk(run.folder)
+        if found == "finished" or (found == "failed" and not self.config.retry_failed):
+            run.state, run.skipped = found, True
+        return run.skipped
+
+
+def find_generator(name: str) -> Any:
+    """The function of a dotted name."""
+    from hydra.utils import get_method
+
+    return get_method(name)
+
+
+def short(override: str) -> str:
+    """`experts=8` of `condconv.experts=8`: a tag of W&B, which takes 64 letters."""
+    key, _, value = override.partition("=")
+    return f"{key.rpartition('.')[2]}={value}"[:64]
+
+
+def save_plan(folder: Path, plan: Plan) -> None:
+    """Write sweep.json: what the folder holds.
+
+    Raises:
+        UserError: it holds a sweep with other settings, whose finished jobs would be taken for this one's.
+    """
+    path = folder / SWEEP_FILE
+    fixed = sorted(o for o in plan.fixed if key_of(o).partition(".")[0] not in HARMLESS)
+    jobs = {job.name: list(job.overrides) for job in plan.jobs}
+    started = now()
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        known, held, started = before["fixed"], before["jobs"], before["started"]
+    except FileNotFoundError:
+        known, held = fixed, {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read: repair it, delete it, or choose another sweep_dir=") from error
+    if known != fixed:
+        here, there = sorted(set(fixed) - set(known)), sorted(set(known) - set(fixed))
+        raise UserError(
+            f"{folder} holds a sweep with other settings (there: {' '.join(there) or 'none'}; here: "
+            f"{' '.join(here) or 'none'}): its jobs would be taken for these. Choose another sweep_dir="
+        )
+    text = {"started": started, "command": list(sys.argv), "fixed": fixed, "jobs": {**held, **jobs}, **code_version()}
+    unfinished = path.with_suffix(".json.tmp")
+    unfinished.write_text(json.dumps(text, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def warn_of_other_code(runs: Sequence[JobRun], display: Display) -> None:
+    """Jobs that another version of the code finished are kept, but it is said."""
+    commit = code_version()["commit"]
+    done = [read_result(run.folder) or {} for run in runs if run.skipped]
+    others = {str(result.get("commit"))[:7] for result in done if result.get("commit") != commit}
+    if others:
+        display.line(
+            f"  jobs of other versions of the code are kept: {', '.join(sorted(others))}, now {str(commit)[:7]}"
+        )
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[int]:
+    """Hold the sweep's lock; its jobs hold it too, so it is free when the last job of a killed sweep has ended.
+
+    Raises:
+        UserError: another sweep holds it.
+    """
+    path = folder / LOCK_FILE
+    with path.open("a") as file:
+        deadline, told = time.monotonic() + LOCK_WAIT_S, False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"Another process works on {folder}: stop it, or choose another sweep_dir="
+                    ) from None
+                if not told:
+                    print(f"Waiting for the jobs of an earlier start in {folder} to end ...", flush=True)
+                    told = True
+                time.sleep(0.5)
+        yield file.fileno()
+
+
+@contextmanager
+def stopping(launcher: InTurn, display: Display) -> Iterator[None]:
+    """While entered, Ctrl-C and SIGTERM stop the launcher: the first gently, the second at once."""
+
+    def handle(number: int, frame: object) -> None:
+        if launcher.stop.is_set():
+            launcher.kill.set()
+            return
+        launcher.stop.set()
+        display.line("Stopping: running jobs save their state. Once more to end them at once.")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
