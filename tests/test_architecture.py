@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("condconv", "models", "data", "configs", "reports")
+ROOMS = ("condconv", "models", "data", "configs", "reports", "sweeps", "hydra_plugins")
 ENTRY_POINTS = ("train.py", "eval.py", "export.py", "predict.py", "report.py")
 
 # What each room may import of this repository; whatever is missing here is forbidden.
@@ -23,6 +23,8 @@ ALLOWED_ROOMS = {
     "data": {"data"},
     "configs": {"condconv", "configs"},
     "reports": {"condconv", "reports"},
+    "sweeps": {"condconv", "models", "data", "configs", "sweeps"},
+    "hydra_plugins": {"sweeps"},
     "train.py": {"condconv", "models", "data", "configs"},
     "eval.py": {"condconv", "models", "data", "configs", "reports", "train"},
     "export.py": {"condconv", "models", "data", "configs"},
