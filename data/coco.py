@@ -1,0 +1,269 @@
+"""COCO, and any other object detection data in COCO's format: folders of images and two annotation files."""
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from data.coco_index import BAD_BOXES, CocoIndex, read_index, read_truth
+from data.detection import DetectionDataModule, DetectionDataset, DetectionExample, make_target
+from data.detection_transforms import AUGMENTS, DetectionTransform, detection_eval_transform, detection_train_transform
+from data.sampling import Key, example_rng, split_key
+from data.transforms import NORMALIZATIONS, choice
+
+# What Pillow raises for broken files; SyntaxError comes from its PNG reader.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+NAMED_FILES = 10
+# So many files are looked for before the training: a wrong folder shows at once, and 118,000 are not opened.
+LOOKED_FOR = 16
+
+
+class CocoImages(DetectionDataset):
+    """Decodes and augments the images of an index; unusable ones are skipped, up to a limit.
+
+    Unusable is a file that is absent, corrupt, or of another size than the annotation file says (its boxes would stand
+    elsewhere). In training the next image takes its place, in evaluation it is left out. What was met is recorded in
+    memory shared with the workers; `check` warns of it.
+
+    Args:
+        index: images and boxes.
+        folder: of the image files.
+        transform: see `data.detection_transforms`.
+        train: whether to replace unusable images.
+        max_corrupt: number of unusable images that is tolerated.
+        seed: of the augmentation.
+    """
+
+    def __init__(
+        self,
+        index: CocoIndex,
+        folder: Path,
+        transform: DetectionTransform,
+        *,
+        train: bool,
+        max_corrupt: int = 10,
+        seed: int = 0,
+    ) -> None:
+        self.index = index
+        self.folder = folder
+        self.transform = transform
+        self.train = train
+        self.max_corrupt = max_corrupt
+        self.seed = seed
+        self.corrupt = torch.zeros(len(index), dtype=torch.bool).share_memory_()
+        self._reported = 0
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, key: Key) -> DetectionExample | None:
+        """(image uint8 `[3, S, S]`, target), or None where there is nothing to return."""
+        epoch, index = split_key(key)
+        # One try more than tolerated is enough: then `check` stops the run anyway.
+        tries = min(self.max_corrupt + 2, len(self)) if self.train else 1
+        for candidate in range(index, index + tries):
+            position = candidate % len(self)
+            image = self._read(position)
+            if image is not None:
+                boxes, labels = self.index.truth(position)
+                with example_rng(self.seed, epoch, index):
+                    pixels, boxes, labels = self.transform(image, boxes, labels)
+                image_id = int(self.index.image_ids[position])
+                return pixels, make_target(boxes, labels, image_id, self.index.size(position))
+        return None
+
+    def check(self) -> None:
+        """Warns of unusable files met since the last call.
+
+        Raises:
+            RuntimeError: there are more of them than `max_corrupt`, or nothing else is left.
+        """
+        count = int(torch.count_nonzero(self.corrupt))
+        if count == self._reported:
+            return
+        self._reported = count
+        positions = torch.nonzero(self.corrupt).flatten().tolist()
+        # Read again for the reason, which the workers cannot hand over.
+        files = ", ".join(f"{self.index.name(i)} ({self._failure(i)})" for i in positions[:NAMED_FILES])
+        files += f" and {count - NAMED_FILES} more" if count > NAMED_FILES else ""
+        found = f"{count} unusable image(s) of {len(self)} in {self.folder}"
+        if count > self.max_corrupt or count == len(self):
+            raise RuntimeError(f"{found}, tolerated are {self.max_corrupt} (data.max_corrupt): {files}")
+        how = "replaced by the next usable one" if self.train else "left out of the evaluation"
+        warnings.warn(f"{found}, {how} (limit {self.max_corrupt}): {files}", stacklevel=3)
+
+    def open(self, position: int) -> Image.Image:
+        """The image in RGB, fully decoded.
+
+        Raises:
+            OSError, ValueError and others of `UNREADABLE`: it is absent, corrupt, or has another size than listed.
+        """
+        height, width = self.index.size(position)
+        with Image.open(self.folder / self.index.name(position)) as image:
+            if image.size != (width, height):
+                found = f"{image.width} x {image.height} pixels, the annotation file says {width} x {height}"
+                raise ValueError(found)
+            return image.convert("RGB")
+
+    def _read(self, position: int) -> Image.Image | None:
+        if self.corrupt[position]:
+            return None
+        try:
+            return self.open(position)
+        except UNREADABLE:
+            self.corrupt[position] = True
+            return None
+
+    def _failure(self, position: int) -> str:
+        try:
+            self.open(position)
+        except FileNotFoundError:
+            return "absent"
+        except UNREADABLE as error:
+            return str(error) or type(error).__name__
+        return "usable by now"
+
+
+class CocoDataModule(DetectionDataModule):
+    """COCO 2017 as published (`train2017/`, `val2017/`, `annotations/`), or any other data in its format.
+
+    The classes are those of the training file, in the order of their category ids, whatever gaps these have.
+
+    Args:
+        root: folder that relative paths start from; None where all paths are given in full.
+        train_images, val_images: folders of the image files.
+        train_annotations, val_annotations: annotation files.
+        augment: "ssd", "flip" or "none", see `data.detection_transforms`.
+        bad_boxes: "error" or "drop", for boxes with a NaN or a negative size.
+        max_corrupt: so many absent, corrupt or misfit images are skipped with a warning; one more is an error.
+        max_train, max_val: only the first so many images.
+        options: see `ImageDataModule`.
+
+    Raises:
+        FileNotFoundError, ValueError: data or options cannot work; the message says why and what to set.
+    """
+
+    name = "coco"
+    in_memory = False
+
+    def __init__(
+        self,
+        *,
+        root: str | None = None,
+        train_images: str = "train2017",
+        val_images: str = "val2017",
+        train_annotations: str = "annotations/instances_train2017.json",
+        val_annotations: str = "annotations/instances_val2017.json",
+        augment: str = "ssd",
+        bad_boxes: str = "error",
+        max_corrupt: int = 10,
+        max_train: int | None = None,
+        max_val: int | None = None,
+        image_size: int = 300,
+        **options: Any,
+    ) -> None:
+        super().__init__(image_size=image_size, **options)
+        self.root = None if root is None else Path(root).expanduser()
+        self._folders = {True: self._path(train_images), False: self._path(val_images)}
+        self._files = {True: self._path(train_annotations), False: self._path(val_annotations)}
+        self.augment = choice("augment (data.augment)", augment, AUGMENTS)
+        self.bad_boxes = choice("data.bad_boxes", bad_boxes, BAD_BOXES)
+        for what, count in (("max_train", max_train), ("max_val", max_val)):
+            if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+                raise ValueError(f"data.{what} {count!r}: expected a whole number of at least 1, or null for all")
+        self.max_corrupt = max_corrupt
+        self._limits = {True: max_train, False: max_val}
+        self._indices: dict[bool, CocoIndex] = {}
+        self._truth: dict[str, Any] | None = None
+
+    @property
+    def num_classes(self) -> int:  # type: ignore[override]  # the file says it
+        return len(self.category_ids)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self._any_index().class_names
+
+    @property
+    def category_ids(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self._any_index().category_ids
+
+    def load(self, train: bool) -> CocoImages:
+        index, folder = self._index(train), self._folders[train]
+        if train and not len(index.labels):
+            raise ValueError(f"annotation file {index.path} holds no box to train on{_in_brackets(index.notes())}")
+        _look_for_images(index, folder, train)
+        mean, _ = NORMALIZATIONS[self.normalize.name]
+        transform = (
+            detection_train_transform(self.image_size, self.augment, mean)
+            if train
+            else detection_eval_transform(self.image_size)
+        )
+        return CocoImages(index, folder, transform, train=train, max_corrupt=self.max_corrupt, seed=self.seed)
+
+    def ground_truth(self) -> dict[str, Any]:
+        if self._truth is None:
+            index = self._index(False)
+            self._truth = read_truth(index.path, index.image_ids.tolist())
+        return self._truth
+
+    def describe(self) -> str:
+        notes = [
+            f"{part}: {index.notes()}"
+            for part, index in (("training", self._index(True)), ("evaluation", self._index(False)))
+            if index.notes()
+        ]
+        return "; ".join([super().describe(), *notes])
+
+    def _path(self, path: str) -> Path:
+        given = Path(path).expanduser()
+        return given if self.root is None else self.root / given
+
+    def _index(self, train: bool) -> CocoIndex:
+        if train not in self._indices:
+            if self.root is not None and not self.root.is_dir():
+                raise FileNotFoundError(
+                    f"data folder {self.root} does not exist: set data.root to a folder with train2017/, val2017/ and "
+                    f"annotations/, or name other folders and files (configs/data/coco_json.yaml)"
+                )
+            index = read_index(self._files[train], bad_boxes=self.bad_boxes, limit=self._limits[train])
+            for other in self._indices.values():
+                _check_same_classes(index, other)
+            self._indices[train] = index
+        return self._indices[train]
+
+    def _any_index(self) -> CocoIndex:
+        """The index of an opened part, else of the evaluation part: it is much the smaller one."""
+        return next(iter(self._indices.values()), None) or self._index(False)
+
+
+def _look_for_images(index: CocoIndex, folder: Path, train: bool) -> None:
+    key = "data.train_images" if train else "data.val_images"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"image folder {folder} does not exist: set data.root, or {key}")
+    names = [index.name(position) for position in range(min(LOOKED_FOR, len(index)))]
+    if not any((folder / name).is_file() for name in names):
+        with os.scandir(folder) as entries:
+            first = next(iter(entries), None)
+        there = "it is empty" if first is None else f"it holds {first.name}"
+        raise FileNotFoundError(
+            f"none of the first {len(names)} images of {index.path} is in {folder}, such as {names[0]} ({there}): "
+            f"set {key} to the folder that file names start from"
+        )
+
+
+def _check_same_classes(index: CocoIndex, other: CocoIndex) -> None:
+    ours, theirs = (dict(zip(i.category_ids, i.class_names, strict=True)) for i in (index, other))
+    if ours != theirs:
+        different = sorted(set(ours.items()) ^ set(theirs.items()))[:3]
+        raise ValueError(
+            f"the categories of {index.path} ({len(ours)}) and of {other.path} ({len(theirs)}) differ, such as "
+            f"{different}: both files must list the same ids and names"
+        )
+
+
+def _in_brackets(text: str) -> str:
+    return f" ({text})" if text else ""
