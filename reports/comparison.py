@@ -141,10 +141,10 @@ def compare(runs: Sequence[Run], metric: str | None = None, baseline: str | None
     chosen = choose_metric(finished, metric)
     for run in finished:
         value = run.figures.get(chosen.name)
-        if value is None:
+        if value is None and chosen.name not in run.figure_names:
             run.reason = f"finished, but has no figure {chosen.name}"
-        elif not math.isfinite(value):
-            run.reason = f"finished, but its {chosen.name} is {value}"
+        elif value is None or not math.isfinite(value):
+            run.reason = f"finished, but its {chosen.name} is not a finite number"
     groups = make_groups([run for run in finished if not run.reason])
     following = name_groups(groups)
     leaf = chosen.name.rsplit("/", 1)[-1]

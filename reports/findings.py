@@ -16,6 +16,7 @@ KINDS = ("summary", "worse", "unclear", "single", "better", "fact", "caution", "
 
 
 MANY = 7
+UNEVEN = 0.1
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,13 @@ def _cautions(comparison: Comparison) -> list[Finding]:
             found.append(f"The groups come from {len(values)} {words}: {_list(values)}.")
     if any(run.result.get("dirty") for run in comparison.runs):
         found.append("Some runs were made with uncommitted changes in the code.")
+    uneven = [
+        (t.sd / t.mean, row.label) for row in rows if (t := row.seconds_per_epoch) and t.sd is not None and t.mean
+    ]
+    if uneven and max(uneven)[0] > UNEVEN:
+        share, label = max(uneven)
+        text = f"Times vary by up to {100 * share:.0f} % (standard deviation) between runs of one group ({label}): "
+        found.append(text + "the machine did other work too, and ratios of times say little.")
     judged = [row.difference for row in rows if row.difference is not None and row.difference.half_width is not None]
     if judged:
         half = statistics.median(d.half_width for d in judged if d.half_width is not None)

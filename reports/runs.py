@@ -6,6 +6,7 @@ Whatever is missing, truncated or of an unexpected type makes a problem that the
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import os
@@ -62,6 +63,12 @@ class Run:
     @property
     def figures(self) -> dict[str, float]:
         return numbers(self.result.get("figures"))
+
+    @property
+    def figure_names(self) -> set[str]:
+        """Of all figures, also those whose value JSON has no number for."""
+        found = self.result.get("figures")
+        return {str(name) for name in found} if isinstance(found, dict) else set()
 
     @property
     def best(self) -> dict[str, float]:
@@ -122,7 +129,15 @@ def find_folders(roots: Sequence[Path]) -> Iterator[Path]:
             folders[:] = sorted(name for name in folders if name not in skipped)
             if here or any(name.endswith(".wandb") for name in files):
                 folders[:] = [name for name in folders if not any(name.endswith(".wandb") for name in files)]
-                yield Path(path)
+                if here or parts_of_wandb_run(Path(path))[-1] == Path(path):  # a resumed run has several
+                    yield Path(path)
+
+
+def parts_of_wandb_run(folder: Path) -> list[Path]:
+    """The folders `offline-run-<time>-<id>` of one id, oldest first: a resumed run gets another one each time."""
+    _, dash, run_id = folder.name.rpartition("-")
+    found = sorted(folder.parent.glob(f"*run-*-{glob.escape(run_id)}")) if dash else []
+    return found if folder in found else [folder]
 
 
 def read_run(folder: Path) -> Run:

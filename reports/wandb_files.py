@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from reports.metrics import SPEED, summarize
-from reports.runs import FINISHED, RESULT, Run
+from reports.runs import FINISHED, RESULT, Run, parts_of_wandb_run
 
 HEADER = struct.Struct("<4sHB")
 RECORD = struct.Struct("<IHB")  # CRC of type and data, length, type
@@ -54,7 +54,7 @@ def log_records(content: bytes) -> Iterator[bytes]:
 
 
 def read_wandb(folder: Path) -> Run:
-    """The run of an offline folder (`offline-run-<time>-<id>/`)."""
+    """The run of an offline folder (`offline-run-<time>-<id>/`), with what earlier folders of its id hold."""
     run = Run(folder)
     beside = folder.parent.parent
     if (beside / RESULT).is_file():  # the folder of a run of train.py: its plain files say more
@@ -70,7 +70,8 @@ def read_wandb(folder: Path) -> Run:
     history: list[dict[str, float]] = []
     summary: dict[str, Any] = {}
     exit_code: int | None = None
-    for path in sorted(folder.glob("*.wandb")):
+    for path in (path for part in parts_of_wandb_run(folder) for path in sorted(part.glob("*.wandb"))):
+        exit_code = None  # the last part says how it ended
         try:
             for data in log_records(path.read_bytes()):
                 record = Record()

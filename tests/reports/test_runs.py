@@ -24,6 +24,7 @@ def test_reasons(tmp_path: Path) -> None:
     write_run(tmp_path, folder="killed", status="running", seed=3)
     write_run(tmp_path, folder="stopped", status="interrupted", error="SIGTERM", seed=4)
     write_run(tmp_path, folder="nan", top1=float("nan"), seed=5)
+    write_run(tmp_path, folder="null", figures={"test/top1": None}, seed=12)
     write_run(tmp_path, folder="figureless", figures={}, seed=6)
     write_run(tmp_path, folder="no result", seed=7)
     (tmp_path / "no result" / "result.json").unlink()
@@ -40,7 +41,8 @@ def test_reasons(tmp_path: Path) -> None:
         "failed": "failed: out of memory",
         "killed": "result.json says running",
         "stopped": "interrupted: SIGTERM",
-        "nan": "its test/top1 is nan",
+        "nan": "its test/top1 is not a finite number",
+        "null": "its test/top1 is not a finite number",
         "figureless": "has no figure test/top1",
         "no result": "no readable result.json",
         "half a result": "no readable result.json",

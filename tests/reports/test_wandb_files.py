@@ -50,6 +50,18 @@ def test_a_cut_log_is_a_run_that_did_not_finish(offline: Path, tmp_path: Path, s
     assert why_not(read_run(tmp_path)) != ""
 
 
+def test_a_resumed_run_is_one_run(offline: Path, tmp_path: Path) -> None:
+    name = next(offline.glob("*.wandb")).name
+    content = (offline / name).read_bytes()
+    for time, kept in (("1", len(content) // 2), ("2", len(content))):
+        part = tmp_path / f"offline-run-2026010{time}-abc"
+        part.mkdir()
+        (part / name).write_bytes(content[:kept])
+    (run,) = [read_run(folder) for folder in find_folders([tmp_path])]
+    assert run.folder.name == "offline-run-20260102-abc" and why_not(run) == ""
+    assert len(run.curves["val/top1"]) == 3
+
+
 def test_a_damaged_log_is_said(offline: Path, tmp_path: Path) -> None:
     content = bytearray(next(offline.glob("*.wandb")).read_bytes())
     content[500] ^= 255
