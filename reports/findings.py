@@ -79,7 +79,7 @@ def _differences(comparison: Comparison) -> list[Finding]:
     if len(unclear) > MANY:  # one sentence, or the others drown in them
         each = [f"{row.label} {interval_text(metric, row.difference)}" for row in unclear if row.difference]
         text = f"No difference in {metric.name} to {comparison.baseline} shown for {len(unclear)} groups"
-        found.append(Finding("unclear", f"{text}: {_list(each, 40)}."))
+        found.append(Finding("unclear", f"{text}: {_list(each, 12)}."))
     for row in comparison.rows:
         if row.difference is None or (len(unclear) > MANY and row in unclear):
             continue
