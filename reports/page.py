@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 from urllib.parse import quote
 
@@ -158,10 +158,12 @@ def _lead(comparison: Comparison) -> str:
 
 
 def _data_name(row: Row) -> str:
+    """The data set's name; of folders their own name, since the class of the data module says nothing about them."""
     settings = row.group.settings
     named = settings.get("data.dataset") or settings.get("data.name")
-    target = str(settings.get("data._target_", "unknown data"))
-    return str(named or target.rsplit(".", 1)[-1].removesuffix("DataModule") or target)
+    kind = str(settings.get("data._target_", "unknown data")).rsplit(".", 1)[-1].removesuffix("DataModule")
+    folder = PurePath(str(settings.get("data.root") or "")).name
+    return str(named or (f"{folder} ({kind})" if folder else kind))
 
 
 def hours(runs: Sequence[Run]) -> float:
