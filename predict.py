@@ -12,7 +12,8 @@ from torch import Tensor
 from configs.checks import check_complete
 from configs.messages import run_as_command, run_job
 from configs.resolvers import register_resolvers
-from data.folder import EXTENSIONS, UNREADABLE, read_image
+from data.decoding import UNREADABLE, read_image
+from data.folder import EXTENSIONS
 from data.transforms import Normalize, eval_transform
 from export import open_ckpt
 from models.predicting import Prediction, Read, find_files, write

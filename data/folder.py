@@ -1,21 +1,11 @@
-"""Images in one folder per class: finding them, and reading them even if some are corrupt."""
+"""Images in one folder per class."""
 
 import os
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from PIL import Image
-from torch import Tensor
-
-from data.sampling import Batch, ImageDataset, Key, example_rng, split_key
-from data.transforms import PilTransform
-
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-# What Pillow raises for broken files; SyntaxError comes from its PNG reader.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 NAMED_FILES = 10
 
 
@@ -40,13 +30,13 @@ def find_classes(folder: Path) -> list[str]:
                 f"folder per class"
             )
         raise FileNotFoundError(
-            f"{folder} does not exist: {around} must hold train/ and val/; it holds {_content(around)}"
+            f"{folder} does not exist: {around} must hold train/ and val/; it holds {content(around)}"
         )
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
         raise FileNotFoundError(
             f"{folder} holds no class folders: expected one folder per class, such as {folder / 'cat'}/0001.jpg; "
-            f"it holds {_content(folder)}"
+            f"it holds {content(folder)}"
         )
     return classes
 
@@ -74,120 +64,42 @@ def find_images(folder: Path, classes: Iterable[str], label_of: dict[str, int], 
         raise FileNotFoundError(f"no images in {folder}: expected files ending in {kinds} in its class folders")
     if empty:
         raise FileNotFoundError(
-            f"{len(empty)} empty class folder(s) in {folder}: {_some(empty)}; expected files ending in {kinds} in each "
+            f"{len(empty)} empty class folder(s) in {folder}: {some(empty)}; expected files ending in {kinds} in each "
             f"(remove the folder, in train/ and val/, if the class is not wanted)"
         )
     return examples
 
 
-class FolderImages(ImageDataset):
-    """Decodes and transforms image files; corrupt ones are skipped, up to a limit.
+class FolderSource:
+    """Image files and their labels, as a source of `data.stored.StoredImages`."""
 
-    An unreadable file is replaced in training by the next readable one of the list, which almost always is of the same
-    class, and is left out in evaluation. Which files were unreadable is recorded in memory shared with the workers, so
-    a file counts once for all workers and epochs of this process. `check` warns of new ones.
+    blocks = None
 
-    Args:
-        examples: the files and labels.
-        folder: named in messages.
-        transform: PIL RGB image -> uint8 `[3, S, S]`; may draw from torch's default generator, which is seeded for
-            every (seed, epoch, example) before.
-        train: whether to replace unreadable images.
-        max_corrupt: number of unreadable images that is tolerated.
-        seed: of the augmentation.
-    """
-
-    def __init__(
-        self,
-        examples: list[Example],
-        folder: Path,
-        transform: PilTransform,
-        *,
-        train: bool,
-        max_corrupt: int = 10,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, examples: list[Example], folder: Path) -> None:
         self.examples = examples
         self.folder = folder
-        self.transform = transform
-        self.train = train
-        self.max_corrupt = max_corrupt
-        self.seed = seed
-        self.corrupt = torch.zeros(len(examples), dtype=torch.bool).share_memory_()
-        self._reported = 0
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int] | None:
-        """(image uint8 `[3, S, S]`, label), or None where there is nothing to return."""
-        epoch, index = split_key(key)
-        # One try more than tolerated is enough: then `check` stops the run anyway.
-        tries = min(self.max_corrupt + 2, len(self)) if self.train else 1
-        for candidate in range(index, index + tries):
-            position = candidate % len(self)
-            image = self._read(position)
-            if image is not None:
-                with example_rng(self.seed, epoch, index):
-                    return self.transform(image), self.examples[position].label
-        return None
+    def read(self, position: int) -> bytes:
+        with open(self.examples[position].path, "rb") as file:
+            return file.read()
 
-    def collate(self, examples: list[tuple[Tensor, int] | None]) -> Batch | None:
-        present = [example for example in examples if example is not None]
-        if not present:
-            return None
-        images, labels = zip(*present, strict=True)
-        return torch.stack(images), torch.tensor(labels)
+    def label(self, position: int) -> int:
+        return self.examples[position].label
 
-    def check(self) -> None:
-        """Warns of unreadable files met since the last call.
-
-        Raises:
-            RuntimeError: there are more of them than `max_corrupt`, or nothing else is left.
-        """
-        count = int(torch.count_nonzero(self.corrupt))
-        if count == self._reported:
-            return
-        self._reported = count
-        paths = [self.examples[position].path for position in torch.nonzero(self.corrupt).flatten().tolist()]
-        # Read again for the reason, which the workers cannot hand over.
-        files = _some([f"{path} ({_failure(path)})" for path in paths])
-        found = f"{count} unreadable image(s) of {len(self)} in {self.folder}"
-        if count > self.max_corrupt or count == len(self):
-            raise RuntimeError(f"{found}, tolerated are {self.max_corrupt} (data.max_corrupt): {files}")
-        how = "replaced by the next readable one" if self.train else "left out of the evaluation"
-        warnings.warn(f"{found}, {how} (limit {self.max_corrupt}): {files}", stacklevel=3)
-
-    def _read(self, position: int) -> Image.Image | None:
-        if self.corrupt[position]:
-            return None
-        try:
-            return read_image(self.examples[position].path)
-        except UNREADABLE:
-            self.corrupt[position] = True
-            return None
+    def name(self, position: int) -> str:
+        return self.examples[position].path
 
 
-def read_image(path: str) -> Image.Image:
-    """The image in RGB, fully decoded."""
-    with Image.open(path) as image:
-        return image.convert("RGB")
-
-
-def _failure(path: str) -> str:
-    try:
-        read_image(path)
-    except UNREADABLE as error:
-        return f"{type(error).__name__}: {error}"
-    return "readable by now"
-
-
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first names of a list, and how many more there are."""
     rest = len(names) - NAMED_FILES
     return ", ".join(names[:NAMED_FILES]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _content(folder: Path) -> str:
+def content(folder: Path) -> str:
     """What a folder holds, in a few words."""
     names = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in os.scandir(folder))
-    return _some(names) if names else "nothing"
+    return some(names) if names else "nothing"

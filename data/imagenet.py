@@ -1,4 +1,4 @@
-"""ImageNet, and any other data set in folders: root/train/<class>/*.jpg and root/val/<class>/*.jpg."""
+"""ImageNet, and any other data set of image files in folders or tar shards, with a training and an evaluation part."""
 
 import warnings
 from functools import cached_property
@@ -6,22 +6,31 @@ from pathlib import Path
 from typing import Any
 
 from data.base import ImageDataModule
-from data.folder import FolderImages, find_classes, find_images
-from data.transforms import PilTransform, eval_transform, train_transform
+from data.decoding import choose_decoder
+from data.folder import FolderSource, find_classes, find_images
+from data.shards import ShardIndex, ShardSource, find_shards, open_index
+from data.stored import Source, StoredImages
+from data.transforms import EvalTransform, ImageTransform, TrainTransform, choice
+
+FORMATS = ("auto", "folders", "shards")
+CLASSES_FILE = "classes.txt"
 
 
 class ImageFolderDataModule(ImageDataModule):
-    """Images in folders, one per class; labels follow the sorted names of the folders in train/.
+    """Images in folders, one per class (labels follow the sorted names of those in train/), or in tar shards.
 
     Args:
-        root: the folder with train/ and val/.
-        num_classes: checked against the folders if given.
+        root: the folder with train/ and val/, each with a folder of images per class or with tar shards
+            (`data.shards`); shards may also lie in root itself, with "train" and "val" in their names.
+        format: "folders", "shards", or "auto": shards where there are any.
+        num_classes: checked against the folders or labels if given.
+        decoder: "auto" or one of `data.decoding.DECODERS`.
         crop_fraction: share of the resized image's shorter side that the evaluation crop keeps (1.0: all of it).
         interpolation: "bicubic" or "bilinear", in training and evaluation.
-        max_corrupt: number of unreadable images tolerated in each part; see `data.folder.FolderImages`.
+        max_corrupt: number of unreadable images tolerated in each part; see `data.stored.StoredImages`.
         max_train_per_class, max_val_per_class: use only the first so many images of each class.
         train_crop, crop_scale, crop_ratio, horizontal_flip, augment, randaugment_ops, randaugment_magnitude,
-            random_erasing: see `data.transforms.train_transform`.
+            random_erasing, dct_scaling: see `data.transforms.TrainTransform`.
         options: see `ImageDataModule`.
 
     Raises:
@@ -37,7 +46,9 @@ class ImageFolderDataModule(ImageDataModule):
         self,
         root: str | Path,
         *,
+        format: str = "auto",
         num_classes: int | None = None,
+        decoder: str = "auto",
         image_size: int = 224,
         crop_fraction: float = 0.875,
         interpolation: str = "bicubic",
@@ -52,6 +63,7 @@ class ImageFolderDataModule(ImageDataModule):
         randaugment_ops: int = 2,
         randaugment_magnitude: int = 9,
         random_erasing: float = 0.0,
+        dct_scaling: bool = True,
         **options: Any,
     ) -> None:
         super().__init__(image_size=image_size, **options)
@@ -61,11 +73,14 @@ class ImageFolderDataModule(ImageDataModule):
         if max_corrupt < 0:
             raise ValueError(f"max_corrupt {max_corrupt}: expected 0 or more")
         self.root = Path(root).expanduser()
+        self.format = choice("data format", format, FORMATS)
+        self.decoder = choose_decoder(decoder)
         self.expected_classes = num_classes
         self.max_corrupt = max_corrupt
+        self._index_of: dict[str, ShardIndex] = {}
         self.max_per_class = {"train": max_train_per_class, "val": max_val_per_class}
-        self.transforms: dict[str, PilTransform] = {
-            "train": train_transform(
+        self.transforms: dict[str, ImageTransform] = {
+            "train": TrainTransform(
                 image_size,
                 train_crop=train_crop,
                 crop_scale=crop_scale,
@@ -77,33 +92,70 @@ class ImageFolderDataModule(ImageDataModule):
                 random_erasing=random_erasing,
                 interpolation=interpolation,
                 fill=self.normalize.mean.flatten().tolist(),
+                dct_scaling=dct_scaling,
             ),
-            "val": eval_transform(image_size, crop_fraction=crop_fraction, interpolation=interpolation),
+            "val": EvalTransform(image_size, crop_fraction=crop_fraction, interpolation=interpolation),
         }
 
     @cached_property
-    def class_names(self) -> tuple[str, ...]:  # type: ignore[override]  # read from the folders, on first use
-        classes = find_classes(self.root / "train")
+    def is_sharded(self) -> bool:
+        """Whether the images lie in tar shards."""
+        return self.format == "shards" or (self.format == "auto" and bool(find_shards(self.root, "train")[1]))
+
+    @cached_property
+    def class_names(self) -> tuple[str, ...]:  # type: ignore[override]  # read from the files, on first use
+        classes = self._shard_classes() if self.is_sharded else find_classes(self.root / "train")
         if self.expected_classes not in (None, len(classes)):
+            what = "class names" if self.is_sharded else "class folders"
             raise ValueError(
-                f"{self.root / 'train'} holds {len(classes)} class folders, expected {self.expected_classes} "
-                f"(data.num_classes): set data.root to another folder, or data.num_classes={len(classes)}"
+                f"{self.root if self.is_sharded else self.root / 'train'} holds {len(classes)} {what}, expected "
+                f"{self.expected_classes} (data.num_classes): set data.root to another folder, or "
+                f"data.num_classes={len(classes)}"
             )
         return tuple(classes)
 
     @property
-    def num_classes(self) -> int:  # type: ignore[override]  # read from the folders, on first use
+    def num_classes(self) -> int:  # type: ignore[override]  # read from the files, on first use
         return len(self.class_names)
 
-    def load(self, train: bool) -> FolderImages:
+    def describe(self) -> str:
+        where = "shards" if self.is_sharded else "folders"
+        return f"{super().describe()} ({where}, decoded by {self.decoder})"
+
+    def load(self, train: bool) -> StoredImages:
         part = "train" if train else "val"
+        source = self._shards(part) if self.is_sharded else self._folder(part)
+        options = {"max_corrupt": self.max_corrupt, "seed": self.seed, "decoder": self.decoder}
+        return StoredImages(source, self.transforms[part], train=train, **options)
+
+    def _folder(self, part: str) -> Source:
         folder = self.root / part
         label_of = {name: label for label, name in enumerate(self.class_names)}
-        classes = self.class_names if train else self._evaluation_classes()
-        examples = find_images(folder, classes, label_of, self.max_per_class[part])
-        return FolderImages(
-            examples, folder, self.transforms[part], train=train, max_corrupt=self.max_corrupt, seed=self.seed
-        )
+        classes = self.class_names if part == "train" else self._evaluation_classes()
+        return FolderSource(find_images(folder, classes, label_of, self.max_per_class[part]), folder)
+
+    def _shards(self, part: str) -> Source:
+        index = self._indices(part)
+        highest = int(index.labels.max())
+        if highest >= self.num_classes:
+            raise ValueError(
+                f"the {part} shards in {self.root} have labels up to {highest}, "
+                f"but there are {self.num_classes} classes"
+            )
+        return ShardSource(index, index.shards[0].parent, self.max_per_class[part])
+
+    def _indices(self, part: str) -> ShardIndex:
+        if part not in self._index_of:
+            self._index_of[part] = open_index(self.root, part)
+        return self._index_of[part]
+
+    def _shard_classes(self) -> list[str]:
+        """Names from classes.txt, a line each, as data.make_shards writes it; otherwise the numbers are the names."""
+        file = self.root / CLASSES_FILE
+        if file.is_file():
+            return file.read_text(encoding="utf-8").splitlines()
+        highest = int(self._indices("train").labels.max())
+        return [str(label) for label in range(max(highest + 1, self.expected_classes or 0))]
 
     def _evaluation_classes(self) -> list[str]:
         classes = find_classes(self.root / "val")
@@ -124,7 +176,7 @@ class ImageFolderDataModule(ImageDataModule):
 
 
 class ImageNetDataModule(ImageFolderDataModule):
-    """ImageNet (ILSVRC 2012) in folders, with its 1,000 classes checked. Arguments as `ImageFolderDataModule`."""
+    """ImageNet (ILSVRC 2012), with its 1,000 classes checked. Arguments as `ImageFolderDataModule`."""
 
     name = "imagenet"
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data.decoding import choose_decoder
 from data.imagenet import ImageFolderDataModule, ImageNetDataModule
 
 PER_CLASS = {"train": 6, "val": 4}
@@ -60,7 +61,8 @@ def test_training_reads_every_image_once_per_epoch(root):
 
 def test_description_names_the_folder(root):
     assert module(root).describe() == (
-        f"imagefolder: 18 training and 12 evaluation images, 3 classes, 32 x 32 pixels, batch 4 per device, in {root}"
+        f"imagefolder: 18 training and 12 evaluation images, 3 classes, 32 x 32 pixels, batch 4 per device, in {root} "
+        f"(folders, decoded by {choose_decoder()})"
     )
     assert module(root).class_names == CLASSES
 
@@ -79,7 +81,7 @@ def test_nested_folders_other_files_and_hidden_folders(root):
 def test_fewer_images_of_each_class(root):
     data = module(root, max_train_per_class=2, max_val_per_class=1, batch_size_per_device=2)
     data.setup()
-    assert [example.label for example in data.train_set.examples] == [0, 0, 1, 1, 2, 2]
+    assert [example.label for example in data.train_set.source.examples] == [0, 0, 1, 1, 2, 2]
     assert colours(data.val_dataloader()) == [colour("val", label, 0) for label in range(3)]
 
 

@@ -5,7 +5,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from data.sampling import example_rng
-from data.transforms import AUGMENTS, Normalize, eval_transform, train_transform
+from data.transforms import AUGMENTS, Normalize, TrainTransform, eval_transform
 
 
 def random_image(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -71,7 +71,7 @@ def test_evaluation_of_cifar_sized_images_can_keep_every_pixel():
 @pytest.mark.parametrize("augment", AUGMENTS)
 @pytest.mark.parametrize("train_crop", ["random_resized", "pad"])
 def test_training_transforms_depend_on_the_seed_alone(augment, train_crop):
-    transform = train_transform(48, train_crop=train_crop, augment=augment, random_erasing=0.5, fill=(124, 116, 104))
+    transform = TrainTransform(48, train_crop=train_crop, augment=augment, random_erasing=0.5, fill=(124, 116, 104))
     image = random_image(60, 50)
     results = []
     for seed in (1, 2, 1):
@@ -87,7 +87,7 @@ def test_training_transforms_depend_on_the_seed_alone(augment, train_crop):
 def test_padded_crop_shifts_by_at_most_an_eighth_and_flips():
     image = random_image(32, 32)
     original = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    transform = train_transform(32, train_crop="pad")
+    transform = TrainTransform(32, train_crop="pad")
     seen = set()
     for seed in range(40):
         with example_rng(seed):
@@ -105,7 +105,7 @@ def test_padded_crop_shifts_by_at_most_an_eighth_and_flips():
 
 
 def test_random_erasing_fills_with_the_given_colour():
-    transform = train_transform(32, train_crop="pad", random_erasing=1.0, fill=(123.7, 116.3, 103.5))
+    transform = TrainTransform(32, train_crop="pad", random_erasing=1.0, fill=(123.7, 116.3, 103.5))
     with example_rng(0):
         result = transform(Image.new("RGB", (32, 32), (255, 255, 255)))
     erased = (result == torch.tensor([124, 116, 104], dtype=torch.uint8).view(3, 1, 1)).all(0)
@@ -119,8 +119,8 @@ def test_random_erasing_fills_with_the_given_colour():
         (lambda: eval_transform(32, crop_fraction=0), r"crop fraction 0: expected a number above 0 and at most 1"),
         (lambda: eval_transform(32, crop_fraction=1.1), r"crop fraction 1.1"),
         (lambda: eval_transform(32, interpolation="cubic"), r"unknown interpolation 'cubic'; .* bicubic, bilinear"),
-        (lambda: train_transform(32, train_crop="centre"), r"unknown train_crop 'centre'; .* random_resized, pad"),
-        (lambda: train_transform(32, augment="rand"), r"unknown augment 'rand'; .* none, autoaugment"),
+        (lambda: TrainTransform(32, train_crop="centre"), r"unknown train_crop 'centre'; .* random_resized, pad"),
+        (lambda: TrainTransform(32, augment="rand"), r"unknown augment 'rand'; .* none, autoaugment"),
     ],
 )
 def test_wrong_options_are_named(make, message):

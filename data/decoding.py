@@ -1,0 +1,160 @@
+"""Encoded images, and the libraries that decode them: the same pixels from each of them, at different speeds.
+
+simplejpeg, torchvision and Pillow all stand on libjpeg-turbo with its accurate settings, so their pixels are equal bit
+by bit (tested). What the fast ones do not read (other formats, CMYK, slightly broken files) is left to Pillow, so that
+which images count as readable does not depend on the decoder either.
+"""
+
+import io
+from functools import cached_property
+from importlib.util import find_spec
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+
+# What Pillow raises for broken files; SyntaxError comes from its PNG reader.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+# Fastest first, as measured by `python -m benchmarks.loader`.
+DECODERS = ("simplejpeg", "torchvision", "pillow")
+FACTORS = (1, 2, 4, 8)
+"""By which libjpeg-turbo scales an image down while it decodes, at a gain of speed."""
+
+
+class UnreadableImage(Exception):
+    """The bytes are not an image, or a broken one; the message is the reason."""
+
+
+def choose_decoder(name: str = "auto") -> str:
+    """The decoder of that name, or the fastest one that is installed.
+
+    Raises:
+        ValueError: there is no such decoder, or it is not installed.
+    """
+    if name == "auto":
+        return next(decoder for decoder in DECODERS if _is_installed(decoder))
+    if name not in DECODERS:
+        raise ValueError(f"unknown decoder {name!r}; choose one of auto, {', '.join(DECODERS)} (data.decoder)")
+    if not _is_installed(name):
+        raise ValueError(f"decoder {name} is not installed: pip install {name}, or set data.decoder=auto")
+    return name
+
+
+def _is_installed(name: str) -> bool:
+    return name != "simplejpeg" or find_spec("simplejpeg") is not None
+
+
+class Picture:
+    """One image, decoded when its pixels are asked for.
+
+    Args:
+        data: the file's bytes: JPEG, PNG, or whatever else Pillow reads.
+        decoder: one of `DECODERS`; JPEG alone is decoded by others than Pillow.
+
+    Raises:
+        UnreadableImage: (from every property and method) the data is broken.
+    """
+
+    def __init__(self, data: bytes, decoder: str = "pillow") -> None:
+        self.data = data
+        self.decoder = decoder
+
+    @staticmethod
+    def of(image: "Image.Image | Picture") -> "Picture":
+        """A picture from a decoded Pillow image; a picture is returned as it is."""
+        return image if isinstance(image, Picture) else _DecodedPicture(image)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of the whole image, from the header."""
+        width, height, _ = self._header
+        return width, height
+
+    @cached_property
+    def _header(self) -> tuple[int, int, bool]:
+        """Width, height, and whether the fast decoders can be trusted with it."""
+        is_jpeg = self.data[:2] == b"\xff\xd8"
+        if is_jpeg and self.decoder == "simplejpeg":
+            import simplejpeg
+
+            try:
+                height, width, colours, _ = simplejpeg.decode_jpeg_header(self.data)
+            except ValueError:
+                pass
+            else:
+                if width * height <= (Image.MAX_IMAGE_PIXELS or width * height):
+                    return width, height, colours in ("YCbCr", "RGB", "Gray")
+        try:
+            with Image.open(io.BytesIO(self.data)) as image:
+                return *image.size, is_jpeg and self.decoder != "pillow" and image.mode in ("RGB", "L")
+        except UNREADABLE as error:
+            raise UnreadableImage(f"{type(error).__name__}: {error}") from error
+
+    def pixels(self, factor: int = 1) -> Tensor:
+        """uint8 `[3, H, W]` in RGB (channels last in memory).
+
+        Args:
+            factor: of `FACTORS`: a JPEG has its sides divided by it, rounded up; other formats stay whole.
+        """
+        width, height, is_fast = self._header
+        array = self._decode_fast(width, height, factor) if is_fast else None
+        if array is None:
+            array = np.array(self._decode_pillow(factor))
+        return torch.from_numpy(array).permute(2, 0, 1)
+
+    def image(self) -> Image.Image:
+        """The whole image as Pillow's, in RGB."""
+        if self._header[2]:
+            return Image.fromarray(self.pixels().permute(1, 2, 0).numpy())
+        return self._decode_pillow()
+
+    def _decode_fast(self, width: int, height: int, factor: int) -> np.ndarray | None:
+        try:
+            if self.decoder == "simplejpeg":
+                import simplejpeg
+
+                least = {"min_width": -(-width // factor), "min_height": -(-height // factor), "min_factor": factor}
+                array: np.ndarray = simplejpeg.decode_jpeg(self.data, "RGB", **(least if factor > 1 else {}))
+                return array
+            if factor == 1:
+                data = torch.frombuffer(bytearray(self.data), dtype=torch.uint8)
+                return decode_jpeg(data, ImageReadMode.RGB).permute(1, 2, 0).numpy()
+        except (ValueError, RuntimeError):  # Pillow reads some of what they refuse, or says what is wrong
+            pass
+        return None
+
+    def _decode_pillow(self, factor: int = 1) -> Image.Image:
+        try:
+            with Image.open(io.BytesIO(self.data)) as image:
+                if factor > 1 and image.format == "JPEG":
+                    # draft() takes the largest factor that leaves at least this size.
+                    image.draft("RGB", (image.width // factor, image.height // factor))
+                return image.convert("RGB")
+        except UNREADABLE as error:
+            raise UnreadableImage(f"{type(error).__name__}: {error}") from error
+
+
+class _DecodedPicture(Picture):
+    """Pillow's image in the form of a picture."""
+
+    def __init__(self, image: Image.Image) -> None:
+        super().__init__(b"")
+        self._image = image
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self._image.size
+
+    def pixels(self, factor: int = 1) -> Tensor:
+        return torch.from_numpy(np.array(self._image)).permute(2, 0, 1)
+
+    def image(self) -> Image.Image:
+        return self._image
+
+
+def read_image(path: str) -> Image.Image:
+    """The image of a file in RGB, fully decoded by Pillow."""
+    with Image.open(path) as image:
+        return image.convert("RGB")
