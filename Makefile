@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "condconv needs Python >= 3.10, $(PYTHON) is " + sys.version.split()[0] + "; use make PYTHON=python3.12")'
 	@echo "Installing into $(VENV): a few minutes, several GB (torch brings its CUDA libraries on Linux) ..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train,dev,export]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train,dev,export,fast]'
 	@touch $(STAMP)
 
 train: $(STAMP) ## train (embedded digits unless ARGS says otherwise), then evaluate the saved checkpoints

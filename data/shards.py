@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 from rich.progress import track
@@ -199,7 +200,7 @@ def _load_index(path: Path, shards: list[Path]) -> ShardIndex:
         version = int(stored.pop("version"))
         names = [str(name) for name in stored.pop("shards")]
         fields = [stored[name] for name in ("sizes", "counts", "offsets", "lengths", "labels")]
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise ValueError(
             f"{path} is not an index of shards, or a broken one: delete it, it will be made again"
         ) from error

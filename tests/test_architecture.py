@@ -123,9 +123,9 @@ def test_importing_the_library_loads_torch_alone() -> None:
 
 
 def test_every_import_is_declared() -> None:
-    """`pip install .[train,export]` brings all that models, data and the entry points import."""
+    """`pip install .[train,export,fast]` brings all that models, data and the entry points import."""
     groups = [table("project", "dependencies")]
-    groups += [table("project.optional-dependencies", extra) for extra in ("train", "export")]
+    groups += [table("project.optional-dependencies", extra) for extra in ("train", "export", "fast")]
     declared = {re.split(r"[<>=!~\[ ]", requirement)[0] for group in groups for requirement in group}
     known = set(sys.stdlib_module_names) | FIRST_PARTY
     missing = [
@@ -138,7 +138,7 @@ def test_every_import_is_declared() -> None:
 
 
 def test_dependencies_are_ranges() -> None:
-    extras = [table("project.optional-dependencies", extra) for extra in ("train", "export", "dev")]
+    extras = [table("project.optional-dependencies", extra) for extra in ("train", "export", "fast", "dev")]
     requirements = [r for group in [table("project", "dependencies"), *extras] for r in group]
     assert [r for r in requirements if "==" in r or ">=" not in r] == []
 

@@ -79,7 +79,8 @@ def test_training_shards_mix_the_classes_and_are_the_same_bytes_again(folders, s
     make_shards(folders, tmp_path / "again", images_per_shard=4, workers=1)
     for path in shards.glob("*/*.tar"):
         assert path.read_bytes() == (tmp_path / "again" / path.relative_to(shards)).read_bytes()
-    assert {member.label for member in scan_shard(shards / "train" / "000000.tar")} == {0, 1}
+    labels = [member.label for path in sorted((shards / "train").glob("*.tar")) for member in scan_shard(path)]
+    assert labels != sorted(labels) and sorted(labels) == [0] * 9 + [1] * 9
     make_shards(folders, tmp_path / "other", images_per_shard=4, workers=1, seed=1)
     first = "train/000000.tar"
     assert (shards / first).read_bytes() != (tmp_path / "other" / first).read_bytes()
@@ -174,7 +175,8 @@ def truncate_a_shard(root):
 
 
 def truncate_without_index(root):
-    truncate_a_shard(root)
+    path = root / "train" / "000002.tar"
+    path.write_bytes(path.read_bytes()[:1000])
     (root / "train" / "index.npz").unlink()
 
 
@@ -225,11 +227,11 @@ def high_label(root):
 @pytest.mark.parametrize(
     ("breakage", "error", "message"),
     [
-        (lose_a_shard, FileNotFoundError, r"1 of 5 shards are missing in .*train: 000001.tar; copy the shards again, or"),
-        (truncate_a_shard, ValueError, r"1 shard\(s\) in .* truncated or changed: 000002.tar \(3,000 bytes, not [\d,]+\)"),
-        (truncate_without_index, ValueError, r"000002.tar is not a whole tar file \(unexpected end of data\): .*truncated"),
+        (lose_a_shard, FileNotFoundError, r"1 of 5 shards are missing in .*train: 000001.tar; copy the shards"),
+        (truncate_a_shard, ValueError, r"1 shard\(s\) in .* truncated or changed: 000002.tar \(3,000 bytes, not"),
+        (truncate_without_index, ValueError, r"000002.tar is not a whole tar file \(unexpected end of data\): .*trunc"),
         (lose_without_index, ValueError, r"holds 14 of the 18 images that data.make_shards was to put there: run it"),
-        (add_a_shard, ValueError, r"index.npz does not know 1 of the shards beside it: 000009.tar; .*delete .*index.npz"),
+        (add_a_shard, ValueError, r"index.npz does not know 1 of the shards beside it: 000009.tar; .*delete"),
         (break_the_index, ValueError, r"index.npz is not an index of shards, or a broken one: delete it"),
         (no_label, ValueError, r"0.tar holds 1 image\(s\) without a label: a.jpg; .*\.cls and holds the number"),
         (odd_label, ValueError, r"0.tar: a.cls holds b'cat', expected the number of a class"),
@@ -248,7 +250,7 @@ def test_broken_shards_are_named(shards, breakage, error, message):
 def test_compressed_shards_are_refused_with_advice(tmp_path):
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "0.tar.gz").touch()
-    with pytest.raises(FileNotFoundError, match="0.tar.gz is compressed: unpack it with gunzip first"):
+    with pytest.raises(FileNotFoundError, match=r"0.tar.gz is compressed: unpack it with gunzip first"):
         module(tmp_path, format="shards").setup()
 
 
@@ -343,7 +345,7 @@ def test_a_full_disk_is_noticed_before_the_work(folders, tmp_path, monkeypatch):
 def test_a_changed_image_is_not_stored_in_silence(folders, tmp_path, monkeypatch):
     monkeypatch.setattr("data.make_shards.scan_shard", lambda path: scan_shard(path)[:-1])
     monkeypatch.setattr("data.make_shards.ProcessPoolExecutor", _InThisProcess)
-    with pytest.raises(ValueError, match="000000.tar does not hold what was put in"):
+    with pytest.raises(ValueError, match=r"00000\d.tar does not hold what was put in"):
         make_shards(folders, tmp_path / "out", images_per_shard=4)
     assert not list((tmp_path / "out").rglob("*.tar"))
     assert json.loads((tmp_path / "out" / "train" / "plan.json").read_text())["images"] == 18
