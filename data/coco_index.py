@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor
 NAMED = 5
 # Boxes of published sets stick out by rounding; what is cut off beyond so many pixels is counted.
 ROUNDING = 1.0
+SLOW_BYTES = 100 * 2**20
 BAD_BOXES = ("error", "drop")
 
 
@@ -87,7 +89,7 @@ def read_json(path: Path) -> dict[str, Any]:
             f"data.val_annotations"
         )
     try:
-        content = json.loads(path.read_bytes(), object_hook=_without_masks)
+        content = json.loads(_read_text(path), object_hook=_without_masks)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"annotation file {path} is not complete JSON: {error.msg} at character {error.pos} of {len(error.doc)} "
@@ -158,6 +160,13 @@ def read_truth(path: Path, image_ids: Iterable[int]) -> dict[str, Any]:
     ]
     images = [image for image in content["images"] if image["id"] in chosen]
     return {"images": images, "annotations": annotations, "categories": content["categories"]}
+
+
+def _read_text(path: Path) -> str:
+    size = path.stat().st_size
+    if size > SLOW_BYTES:  # half a minute for COCO's training part, which would look like a hang
+        print(f"reading {path} ({size / 2**20:.0f} MiB) ...", file=sys.stderr, flush=True)
+    return path.read_text(encoding="utf-8-sig")
 
 
 def _without_masks(entry: dict[str, Any]) -> dict[str, Any]:
