@@ -11,8 +11,9 @@ from rich.progress import track
 
 from reports.comparison import compare
 from reports.options import HELP, parse
-from reports.page import Options, write_report
-from reports.runs import ReportError, find_folders, read_run
+from reports.page import write_report
+from reports.provenance import Options
+from reports.runs import ReportError, find_folders, find_sweeps, planned, read_run
 
 
 def report(arguments: list[str], console: Console) -> Path:
@@ -32,12 +33,16 @@ def report(arguments: list[str], console: Console) -> Path:
         names = ", ".join(map(str, roots))
         raise ReportError(f"There are no runs below {names}: no config.yaml, result.json, metrics.csv or *.wandb.")
     runs = [read_run(folder) for folder in track(folders, f"reading {len(folders)} runs", console=console)]
+    sweeps = find_sweeps(roots, folders)
+    runs += [run for sweep in sweeps for run in planned(sweep, folders)]
     comparison = compare(runs, first.get("metric"), first.get("baseline"))
     command = shlex.join(["python", "report.py", *arguments])
     title = first.get("title", f"Runs of {roots[0].absolute().name}")
-    written = write_report(comparison, Options(out, title, notes, command, first.get("links") != "false"))
+    commands = [f"python {sweep.command}" for sweep in sweeps if sweep.command]
+    options = Options(out, title, notes, command, first.get("links") != "false", commands)
+    written = write_report(comparison, options)
     groups, left = len(comparison.rows), len(comparison.left_out)
-    console.print(f"{len(comparison.runs)} runs in {groups} groups, {left} left out", highlight=False)
+    console.print(f"runs that count: {len(comparison.runs)}, in {groups} groups; left out: {left}", highlight=False)
     for path in (written[0], written[1], *written[-2:]):
         console.print(f"  {path}", soft_wrap=True, highlight=False, markup=False)
     return written[0]

@@ -3,30 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-
-from markupsafe import Markup
 
 from reports.comparison import Comparison, Metric, Row
+from reports.curves import learning_curves
 from reports.groups import EXPERTS, experts_label, show, sort_key
-from reports.statistics import spread
-from reports.svg import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis, Picture, padded, tick_label
-
-MAX_POINTS = 150
-MAX_CURVES = 16
-
-
-@dataclass
-class Chart:
-    """A picture, what it shows in words, and its numbers as a table for those who cannot see it."""
-
-    id: str
-    title: str
-    caption: str
-    svg: Markup
-    header: list[str]
-    numbers: list[list[str]]
-    groups: list[int] = field(default_factory=list)  # of the legend; none where the picture names them itself
+from reports.svg import BOTTOM, RIGHT, TOP, WIDTH, Axis, Chart, Picture, axes, padded, tick_label
 
 
 def charts_of(comparison: Comparison) -> list[Chart]:
@@ -37,13 +18,6 @@ def charts_of(comparison: Comparison) -> list[Chart]:
     if rows and found[0] is None:
         found[0] = means(comparison)
     return [chart for chart in (*found, *learning_curves(comparison), *costs(comparison)) if chart is not None]
-
-
-def _axes(x: tuple[str, float, float], y: tuple[str, float, float], log_x: bool = False) -> tuple[Axis, Axis]:
-    return (
-        Axis(*x, LEFT, WIDTH - RIGHT, log=log_x),
-        Axis(*y, HEIGHT - BOTTOM, TOP + 14),
-    )
 
 
 def value_text(metric: Metric, row: Row) -> str:
@@ -156,7 +130,7 @@ def against_experts(comparison: Comparison) -> Chart | None:
     if len(levels) < 2:
         return None
     rows = [row for row in rows if row.group.experts in levels]
-    x, y = _axes(("experts", -0.5, len(levels) - 0.5), (metric.title, *_spans(metric, rows)))
+    x, y = axes(("experts", -0.5, len(levels) - 0.5), (metric.title, *_spans(metric, rows)))
     x.labels = ["static" if level == 0 else show(level) for level in levels]
     picture = Picture(f"{metric.title} against the number of experts", x, y)
     picture.frame()
@@ -192,7 +166,7 @@ def _against(comparison: Comparison, key: str, title: str, words: str) -> Chart 
     log = high / low > 8
     ends = (low / 1.15, high * 1.15) if log else padded([low, high])
     rows = [comparison.rows[i] for i in values]
-    x, y = _axes((words + (" (logarithmic)" if log else ""), *ends), (metric.title, *_spans(metric, rows)), log_x=log)
+    x, y = axes((words + (" (logarithmic)" if log else ""), *ends), (metric.title, *_spans(metric, rows)), log_x=log)
     picture = Picture(f"{metric.title} against {words}", x, y)
     picture.frame()
     picture.text(6, 14, metric.title, "title")
@@ -213,83 +187,6 @@ def count(value: float | None) -> str:
         if value >= size:
             return f"{value / size:.4g}{letter}"
     return f"{value:.4g}"
-
-
-def learning_curves(comparison: Comparison) -> list[Chart]:
-    """Training and evaluation, the compared figure and the loss: mean over seeds, with the range of the runs."""
-    metric, found = comparison.metric, []
-    leaf = metric.name.rsplit("/", 1)[-1]
-    stage = metric.name.split("/", 1)[0].replace("test", "val")
-    names = dict.fromkeys([f"train/{leaf}", f"{stage}/{leaf}", f"val/{leaf}", "train/loss", "val/loss"])
-    for name in names:
-        chart = _curves(comparison, Metric(name))
-        if chart is not None:
-            found.append(chart)
-    return found
-
-
-def _curves(comparison: Comparison, metric: Metric) -> Chart | None:
-    lines = []
-    for i, row in enumerate(comparison.rows):
-        points = mean_curve([run.curves.get(metric.name, []) for run in row.group.runs], metric)
-        if len(points) > 1:
-            lines.append((i, row, points))
-    if not lines:
-        return None
-    hidden = len(lines) - MAX_CURVES
-    if hidden > 0:  # the ends of the order and evenly between: neither the best nor the first alone
-        lines = [lines[round(k * (len(lines) - 1) / (MAX_CURVES - 1))] for k in range(MAX_CURVES)]
-    xs = [x for _, _, points in lines for x, *_ in points]
-    ys = [value for _, _, points in lines for _, low, _, high in points for value in (low, high)]
-    x, y = _axes(("epochs", min(xs), max(xs)), (metric.title, *padded(ys, 0.04)))
-    picture = Picture(f"{metric.title} over epochs", x, y)
-    picture.frame()
-    picture.text(6, 14, metric.title, "title")
-    for i, _, points in lines:
-        picture.band([(at, low, high) for at, low, _, high in points], i)
-    for i, row, points in lines:
-        kind = "line static" if row.group.is_static else "line"
-        end = metric.text(points[-1][2])
-        picture.line([(at, mean) for at, _, mean, _ in points], i, f"{row.label}: {end} at the end", kind)
-    caption = f"{metric.title} over epochs: mean of the seeds, shaded from the lowest to the highest run."
-    if metric.name.startswith("train/"):
-        caption += " Measured while training, on augmented images where the recipe augments."
-    if hidden > 0:
-        caption += f" {hidden} of the groups are left out of this picture."
-    marks = [f"{at:g}" for at in _marks(lines[0][2])]
-    numbers = [
-        [row.label, *(next((metric.text(m) for at, _, m, _ in points if f"{at:g}" == mark), "–") for mark in marks)]
-        for _, row, points in lines
-    ]
-    slug = "curve-" + metric.name.replace("/", "-").replace("_", "-")
-    title = f"{'Training' if metric.name.startswith('train/') else 'Evaluation'}: {metric.name}"
-    header = ["group", *(f"epoch {mark}" for mark in marks)]
-    return Chart(slug, title, caption, picture.svg(), header, numbers, [i for i, _, _ in lines])
-
-
-def _marks(points: Sequence[tuple[float, float, float, float]]) -> list[float]:
-    """Where a curve is quoted: five places from the first to the last."""
-    return list(dict.fromkeys(points[round(k * (len(points) - 1) / 4)][0] for k in range(5)))
-
-
-def mean_curve(
-    curves: Sequence[Sequence[tuple[float, float]]], metric: Metric
-) -> list[tuple[float, float, float, float]]:
-    """(x, lowest, mean, highest) where every run that has the curve has a point, at most `MAX_POINTS`."""
-    curves = [curve for curve in curves if curve]
-    if not curves:
-        return []
-    by_x: dict[float, list[float]] = {}
-    for curve in curves:
-        for x, value in curve:
-            by_x.setdefault(x, []).append(metric.scaled(value))
-    points = []
-    for x, values in sorted(by_x.items()):
-        found = spread(values)
-        if found is not None and found.n == len(curves):
-            points.append((x, min(values), found.mean, max(values)))
-    stride = -(-len(points) // MAX_POINTS)
-    return points[::stride] if stride > 1 else points
 
 
 def costs(comparison: Comparison) -> list[Chart]:

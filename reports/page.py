@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path, PurePath
@@ -15,15 +15,17 @@ from jinja2 import Environment, FileSystemLoader
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from reports.charts import Chart, charts_of, count
+from reports.charts import charts_of, count
 from reports.colors import style
 from reports.comparison import Comparison, Row
 from reports.configs import config_entries, shortened
 from reports.findings import findings
 from reports.groups import short_name, show
+from reports.provenance import Options, commit_of, hours, provenance
 from reports.published import published
 from reports.runs import Run
 from reports.statistics import Spread
+from reports.svg import Chart
 from reports.tables import write_groups, write_runs
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -55,25 +57,6 @@ class Cell:
     beside: str = ""
     sort: str = ""
     kind: str = ""
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a report is written.
-
-    Attributes:
-        out: the folder.
-        title: of the page.
-        notes: Markdown that stands at the top, written by hand; empty for none.
-        command: how the report was made.
-        links: link to the run's folders; without, the page has no path of this machine, and can leave it.
-    """
-
-    out: Path
-    title: str
-    notes: str = ""
-    command: str = ""
-    links: bool = True
 
 
 def write_report(comparison: Comparison, options: Options) -> list[Path]:
@@ -146,7 +129,7 @@ def build_context(comparison: Comparison, options: Options) -> dict[str, Any]:
         "left_out": [_left_out(run, options) for run in comparison.left_out],
         "runs": [_run(run, i, row, comparison, options) for i, row in enumerate(rows) for run in row.group.runs],
         **config_entries(rows, options.links),
-        "provenance": _provenance(comparison, options),
+        "provenance": provenance(comparison, options),
     }
 
 
@@ -164,11 +147,6 @@ def _data_name(row: Row) -> str:
     kind = str(settings.get("data._target_", "unknown data")).rsplit(".", 1)[-1].removesuffix("DataModule")
     folder = PurePath(str(settings.get("data.root") or "")).name
     return str(named or (f"{folder} ({kind})" if folder else kind))
-
-
-def hours(runs: Sequence[Run]) -> float:
-    """Training time of the runs together."""
-    return sum(run.number("seconds") or 0.0 for run in runs) / 3600
 
 
 def _tiles(comparison: Comparison) -> list[dict[str, str]]:
@@ -200,7 +178,7 @@ def _row(index: int, row: Row, comparison: Comparison, shown: dict[str, bool]) -
     cells = [Cell(value, sort=repr(row.value.mean))]
     if found is None:
         is_baseline = any(other.baseline is row for other in comparison.rows)
-        cells.append(Cell("baseline" if is_baseline else "no partner"))
+        cells.append(Cell("baseline" if is_baseline else "–" if row.group.is_static else "no partner"))
     else:
         interval = "" if found.low is None else f"[{metric.text(found.low, True)}, {metric.text(found.high, True)}]"
         beside = interval or "one pair"
@@ -273,52 +251,3 @@ def _run(run: Run, index: int, row: Row, comparison: Comparison, options: Option
         "problems": "; ".join(run.problems),
         "link": _link(run.folder, options, "config.yaml") if (run.folder / "config.yaml").is_file() else "",
     }
-
-
-def commit_of(run: Run) -> str:
-    """The commit, short, with a + for uncommitted changes."""
-    commit = run.result.get("commit")
-    return f"{str(commit)[:12]}{'+' if run.result.get('dirty') else ''}" if commit else "–"
-
-
-def _provenance(comparison: Comparison, options: Options) -> list[tuple[str, str]]:
-    runs, left = comparison.runs, comparison.left_out
-
-    def values(key: str) -> str:
-        return (
-            ", ".join(sorted({show(run.result[key]) for run in runs if run.result.get(key) is not None}))
-            or "not recorded"
-        )
-
-    versions = sorted({f"{k} {v}" for run in runs for k, v in _dict(run.result.get("versions")).items()})
-    ends = sorted(run.ended for run in runs if run.ended)
-    n = f"{len(runs)} runs count, {len(left)} are left out"
-    return [
-        ("runs", n),
-        ("training time", f"{hours(runs):.2f} hours of the runs that count, {hours(left):.2f} of those left out"),
-        ("ended", f"{ends[0]} to {ends[-1]}" if ends else "not recorded"),
-        ("seeds", ", ".join(sorted({show(run.seed) for run in runs})) or "none"),
-        ("commits", ", ".join(sorted({commit_of(run) for run in runs})) or "none"),
-        ("device", values("device")),
-        ("threads", values("threads")),
-        ("processes", values("devices")),
-        ("memory", values("memory_kind")),
-        ("versions", ", ".join(versions) or "not recorded"),
-        (
-            "groups",
-            "runs whose configs differ in seed, name, paths and loggers alone; "
-            "a static network's condconv.* settings count for nothing",
-        ),
-        (
-            "figures",
-            "of the final weights, unless the figure's name says otherwise; "
-            "“best” is chosen on the evaluation images and optimistic",
-        ),
-        ("intervals", "two-sided 95 % t intervals of differences paired by seed; standard deviations with n − 1"),
-        ("time", "wall time of the training over its epochs, validation included; images/s are the training's alone"),
-        ("this page", options.command if options.links else shortened(options.command)),
-    ]
-
-
-def _dict(value: Any) -> dict[Any, Any]:
-    return value if isinstance(value, dict) else {}

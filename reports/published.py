@@ -87,7 +87,7 @@ def _data(row: Row) -> str:
     settings = row.group.settings
     target = str(settings.get("data._target_", "")).lower()
     limited = any(settings.get(f"trainer.limit_{split}_batches") not in (None, 1.0) for split in ("train", "test"))
-    if limited or any(settings.get(key) for key in ("data.subset", "data.train_images", "data.max_images")):
+    if limited or any(value is not None for key, value in settings.items() if key.startswith("data.max_")):
         return ""
     if "cifar100" in target:
         return ""

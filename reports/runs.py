@@ -10,6 +10,7 @@ import glob
 import json
 import math
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ import yaml
 
 from reports.metrics import Curves, read_metrics
 
-CONFIG, RESULT, METRICS = "config.yaml", "result.json", "metrics.csv"
+CONFIG, RESULT, METRICS, SWEEP = "config.yaml", "result.json", "metrics.csv", "sweep.json"
 NEVER_ENTERED = {"latest-run", "checkpoints", ".git", ".hydra", ".venv", "__pycache__", "node_modules"}
 FINISHED = "finished"
 # libyaml reads a config twenty times faster; PyYAML may be built without it.
@@ -38,7 +39,7 @@ class Run:
         folder: where its files are.
         config: the resolved config, empty if it could not be read.
         result: what `result.json` holds (see configs/results.py), or the same keys from W&B.
-        status: "finished", "failed", "interrupted", "running", "incomplete" or "unreadable".
+        status: "finished", "failed", "interrupted", "running", "incomplete", "unreadable" or "not started".
         curves: metric -> points (epochs done, value).
         problems: one sentence for each file that could not be read in full.
         reason: why it does not count; empty for a run that does.
@@ -89,7 +90,7 @@ class Run:
     def command(self) -> str:
         """As it was typed, or close to it."""
         words = self.result.get("command")
-        return " ".join(str(word) for word in words) if isinstance(words, list) else ""
+        return shlex.join(str(word) for word in words) if isinstance(words, list) else ""
 
 
 def as_number(value: Any) -> float | None:
@@ -140,6 +141,34 @@ def parts_of_wandb_run(folder: Path) -> list[Path]:
     return found if folder in found else [folder]
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep as its `sweep.json` tells it: where, the command, and the jobs by name."""
+
+    folder: Path
+    command: str
+    jobs: tuple[str, ...]
+
+
+def find_sweeps(roots: Sequence[Path], folders: Sequence[Path]) -> list[Sweep]:
+    """The sweeps that the runs belong to, or that the roots are."""
+    found = []
+    for folder in dict.fromkeys([*roots, *(folder.parent for folder in folders)]):
+        if (folder / SWEEP).is_file():
+            content = _mapping(folder / SWEEP, [], _read_json)
+            words, jobs = content.get("command"), content.get("jobs")
+            command = shlex.join(map(str, words)) if isinstance(words, list) else ""
+            found.append(Sweep(folder, command, tuple(map(str, jobs)) if isinstance(jobs, dict) else ()))
+    return found
+
+
+def planned(sweep: Sweep, folders: Sequence[Path]) -> list[Run]:
+    """The jobs of a sweep that have no run's folder yet, as runs that do not count."""
+    there = {folder.name for folder in folders if folder.parent == sweep.folder}
+    missing = [name for name in sweep.jobs if name not in there]
+    return [Run(sweep.folder / name, result={"name": name}, status="not started") for name in missing]
+
+
 def read_run(folder: Path) -> Run:
     """Read what there is in a run's folder."""
     if not any((folder / name).is_file() for name in (CONFIG, RESULT, METRICS)):
@@ -148,7 +177,7 @@ def read_run(folder: Path) -> Run:
         return read_wandb(folder)
     run = Run(folder)
     run.config = _mapping(folder / CONFIG, run.problems, _read_yaml)
-    run.result = _mapping(folder / RESULT, run.problems, lambda path: json.loads(path.read_text(encoding="utf-8")))
+    run.result = _mapping(folder / RESULT, run.problems, _read_json)
     run.curves, last, problem = read_metrics(folder / METRICS)
     if problem:
         run.problems.append(problem)
@@ -175,9 +204,14 @@ def why_not(run: Run) -> str:
         "interrupted": f"interrupted{': ' + said if said else ''}",
         "running": f"not finished: {RESULT} says running (it runs still, or was killed)",
         "unreadable": "; ".join(run.problems) or "its config could not be read",
+        "not started": f"planned in {SWEEP}, not started",
         "incomplete": said if said else f"not finished: no readable {RESULT}",
     }
     return reasons[run.status]
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _read_yaml(path: Path) -> Any:

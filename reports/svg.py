@@ -85,6 +85,27 @@ def padded(values: Sequence[float], share: float = 0.08) -> tuple[float, float]:
     return low - room, high + room
 
 
+@dataclass
+class Chart:
+    """A picture, what it shows in words, and its numbers as a table for those who cannot see it."""
+
+    id: str
+    title: str
+    caption: str
+    svg: Markup
+    header: list[str]
+    numbers: list[list[str]]
+    groups: list[int] = field(default_factory=list)  # of the legend; none where the picture names them itself
+
+
+def axes(x: tuple[str, float, float], y: tuple[str, float, float], log_x: bool = False) -> tuple[Axis, Axis]:
+    """Both axes of a picture of the usual size, each by title and ends."""
+    return (
+        Axis(*x, LEFT, WIDTH - RIGHT, log=log_x),
+        Axis(*y, HEIGHT - BOTTOM, TOP + 14),
+    )
+
+
 class Picture:
     """An SVG under construction: frame, then marks."""
 

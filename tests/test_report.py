@@ -68,7 +68,7 @@ class Elements(HTMLParser):
 
 def test_files_of_a_report(sweep: Path, tmp_path: Path) -> None:
     page, said = make(f"runs={sweep}", f"out={tmp_path}")
-    assert "10 runs in 4 groups, 1 left out" in said
+    assert "runs that count: 10, in 4 groups; left out: 1" in said
     assert page == tmp_path / "index.html"
     written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert {"index.html", "report.md", "runs.csv", "groups.csv", "figures/effects.svg", "figures/madds.svg"} <= written
@@ -148,7 +148,7 @@ def test_notes_are_shown_without_html(sweep: Path, tmp_path: Path) -> None:
 def test_nothing_but_failures_still_makes_a_page(tmp_path: Path) -> None:
     write_run(tmp_path, status="failed", error="no")
     page, said = make(f"runs={tmp_path}")
-    assert "0 runs in 0 groups, 1 left out" in said
+    assert "runs that count: 0, in 0 groups; left out: 1" in said
     assert "No run counts" in page.read_text() and "failed: no" in page.read_text()
     Elements(page.read_text())
 

@@ -10,7 +10,7 @@ from run_folders import write_run
 
 from reports.comparison import compare
 from reports.metrics import read_metrics
-from reports.runs import ReportError, Run, find_folders, read_run
+from reports.runs import ReportError, Run, find_folders, find_sweeps, planned, read_run, why_not
 
 
 def left_out(root: Path) -> dict[str, str]:
@@ -52,6 +52,18 @@ def test_reasons(tmp_path: Path) -> None:
     }
     assert found.keys() == parts.keys()
     assert [name for name, part in parts.items() if part not in found[name]] == []
+
+
+def test_jobs_of_a_sweep_without_a_run_are_listed(tmp_path: Path) -> None:
+    run = write_run(tmp_path, folder="experts-0_seed-1")
+    jobs = {"experts-0_seed-1": ["seed=1"], "experts-0_seed-2": ["seed=2"]}
+    (tmp_path / "sweep.json").write_text(json.dumps({"command": ["train.py", "-m", "name='a b'"], "jobs": jobs}))
+    (sweep,) = find_sweeps([tmp_path], [run])
+    assert sweep.command == "train.py -m 'name='\"'\"'a b'\"'\"''"
+    (missing,) = planned(sweep, [run])
+    assert missing.name == "experts-0_seed-2" and "not started" in why_not(missing)
+    (tmp_path / "sweep.json").write_text("[")
+    assert find_sweeps([tmp_path], [run])[0].jobs == ()
 
 
 def test_unexpected_types_in_a_result_are_survived(tmp_path: Path) -> None:
