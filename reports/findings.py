@@ -119,6 +119,10 @@ def _cautions(comparison: Comparison) -> list[Finding]:
         share, label = max(uneven)
         text = f"Times vary by up to {100 * share:.0f} % (standard deviation) between runs of one group ({label}): "
         found.append(text + "the machine did other work too, and ratios of times say little.")
+    equal = [row.label for row in rows if row.difference is not None and row.difference.half_width == 0]
+    if equal:
+        text = "All pairs differ by the same amount, so the interval has no width and says nothing about noise"
+        found.append(f"{text}: {_list(equal)}.")
     judged = [row.difference for row in rows if row.difference is not None and row.difference.half_width is not None]
     if judged:
         half = statistics.median(d.half_width for d in judged if d.half_width is not None)

@@ -209,6 +209,9 @@ def test_in_a_browser(sweep: Path, tmp_path: Path) -> None:
     script += "const b=[...d.querySelectorAll('#results button.sort')].find(b=>b.textContent=='test/top1 (%)');"
     script += "b.click();b.click();"
     script += "document.body.dataset.first=d.querySelector('#results tbody th').textContent;"
+    script += "d.querySelector('#effects .dot').dispatchEvent(new PointerEvent('pointermove',{bubbles:true}));"
+    script += "document.body.dataset.tip=d.getElementById('tip').textContent;"
+    script += "document.body.dataset.lit=d.querySelectorAll('svg.dim .on').length;"
     script += "document.body.dataset.charts=d.querySelectorAll('svg.chart').length}"
     frame.write_text(f"<body><iframe src='report/index.html' style='width:375px'></iframe><script>{script}</script>")
     done = browse(frame, tmp_path / "profile", "--dump-dom")
@@ -216,6 +219,10 @@ def test_in_a_browser(sweep: Path, tmp_path: Path) -> None:
     assert told.get("wide") == "375", done.stderr[-2000:]
     assert told["title"].startswith("Runs of "), "a name was run as a script"
     assert int(told["charts"]) >= 8
+    assert "test/top1" not in told["tip"] and re.search(r"experts?.*: [+−]\d\.\d\d", told["tip"]), (
+        "no value where it points"
+    )
+    assert int(told["lit"]) > int(told["charts"]), "the group stands out in every chart"
     with (tmp_path / "report" / "groups.csv").open(newline="") as file:
         groups = list(csv.DictReader(file))
     highest = max(groups, key=lambda line: float(line["test/top1 (%) mean"]))

@@ -8,6 +8,7 @@ from typing import Any
 from run_folders import write_run, write_sweep
 
 from reports.comparison import Comparison, compare
+from reports.findings import findings
 from reports.runs import find_folders, read_run
 
 
@@ -112,6 +113,30 @@ def test_losses_are_better_when_lower(tmp_path: Path) -> None:
     row = found.rows[1]
     assert found.metric.name == "test/loss" and row.difference is not None
     assert row.difference.mean < 0 and found.metric.better(row.difference) == "better"
+
+
+def test_equal_differences_are_not_taken_for_certainty(tmp_path: Path) -> None:
+    for seed in (1, 2, 3):
+        write_run(tmp_path, 0, seed, top1=0.5)
+        write_run(tmp_path, 8, seed, top1=0.625)
+    found = findings(compared(tmp_path))
+    assert any(each.kind == "caution" and "says nothing about noise: 8 experts" in each.text for each in found)
+
+
+def test_bad_news_stands_first_and_overfitting_is_said(tmp_path: Path) -> None:
+    for seed, noise in ((1, 0.0), (2, 0.001), (3, 0.002)):
+        write_run(tmp_path, 0, seed, top1=0.5, figures={"test/top1": 0.5, "train/top1": 0.6})
+        worse = {"test/top1": 0.4 + noise, "train/top1": 0.8 + noise}
+        write_run(tmp_path, 8, seed, figures=worse)
+        write_run(tmp_path, 4, seed, figures={"test/top1": 0.6 + noise, "train/top1": 0.6 + noise})
+        write_run(tmp_path, 2, seed, figures={"test/top1": 0.5 + noise - 0.001, "train/top1": 0.6})
+    found = findings(compared(tmp_path))
+    told = [each.kind for each in found]
+    assert told[:2] == ["summary", "worse"] and told.index("unclear") < told.index("better")
+    assert found[0].text.endswith("1 worse, 1 without a difference shown, 1 better.")
+    assert found[1].text.startswith("8 experts: test/top1 −9.90 points (95 % interval −10.15 to −9.65, n = 3)")
+    fit = [each.text for each in found if "fitted better" in each.text]
+    assert len(fit) == 1 and "8 experts +20.10 points" in fit[0] and "4 experts" not in fit[0]
 
 
 def test_detection_runs_are_compared_by_their_ap(tmp_path: Path) -> None:
