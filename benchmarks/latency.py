@@ -91,8 +91,22 @@ def render(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def table(
+    backbones: list[str], experts: int, image_size: int, seconds: float, folder: Path, fresh: bool = False
+) -> Report:
+    """Measures on the CPU what is not known yet, writes JSON and Markdown; also called by benchmarks.networks."""
+    report = Report("latency", "cpu", folder, render, fresh)
+
+    def bind(backbone: str) -> tuple[str, Callable[[], Row]]:
+        return f"{backbone}-e{experts}-{image_size}px", lambda: measure(backbone, experts, image_size, seconds)
+
+    report.run([bind(backbone) for backbone in backbones], lambda row: "\n".join(render([row]).splitlines()[4:]))
+    print(report.path.with_suffix(".md"))
+    return report
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Measures on the CPU, writes JSON and Markdown."""
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--backbones", nargs="+", choices=list_backbones(), default=list(list_backbones()), metavar="NAME"
@@ -102,13 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="for the timing of each backbone")
     add_common_options(parser)
     args = parser.parse_args(arguments)
-    report = Report("latency", "cpu", output_folder(args), render, args.fresh)
-
-    def bind(backbone: str) -> tuple[str, Callable[[], Row]]:
-        name = f"{backbone}-e{args.experts}-{args.image_size}px"
-        return name, lambda: measure(backbone, args.experts, args.image_size, args.seconds)
-
-    report.run([bind(backbone) for backbone in args.backbones], lambda row: render([row]).splitlines()[-1])
+    table(args.backbones, args.experts, args.image_size, args.seconds, output_folder(args), args.fresh)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Whole networks: static, CondConv, and timm's CondConv, in turns in one run; training steps, inference, peak memory.
 
-    python -m benchmarks.networks                       # the issue's rows, then every backbone
+    python -m benchmarks.networks                       # the issue's rows, every backbone, latency of one image
     python -m benchmarks.networks --preset issue3
+    python -m benchmarks.networks --preset latency      # the table of benchmarks.latency alone
     python -m benchmarks.networks --backbones resnet18 --batch-sizes 1 64 --image-size 32
 
 A training step is forward, backward, SGD with momentum and zero_grad. "timm" is its `efficientnet_cc_b0_8e` for
@@ -112,7 +113,7 @@ def chosen_cases(args: argparse.Namespace) -> list[Case]:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=["all", "issue3", "backbones"], default="all")
+    parser.add_argument("--preset", choices=["all", "issue3", "backbones", "latency"], default="all")
     parser.add_argument("--backbones", nargs="+", choices=list_backbones(), metavar="NAME", help="instead of a preset")
     parser.add_argument("--batch-sizes", nargs="+", type=int, metavar="N", help="1 16 on a CPU, 1 256 on CUDA")
     parser.add_argument("--image-size", type=int)
@@ -127,6 +128,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Measures, writes JSON, Markdown and a plot."""
     args = parse(arguments)
+    custom = args.backbones or args.batch_sizes or args.image_size
+    if args.preset == "latency":
+        latency_table(args)
+        return
     gates.exact_float32()
     report = Report("networks", args.device, output_folder(args), network_tables.render, args.fresh)
     networks = Networks()
@@ -139,6 +144,17 @@ def main(arguments: list[str] | None = None) -> None:
     for name, groups in network_tables.plotted(report.rows).items():
         plots.bars(report.path.with_name(f"{report.path.stem}-{name.replace(' ', '-')}.svg"), name, groups)
     print(report.path.with_suffix(".md"))
+    if args.preset == "all" and not custom and not args.quick and args.device == "cpu":
+        latency_table(args)
+
+
+def latency_table(args: argparse.Namespace) -> None:
+    """PyTorch and ONNX Runtime, one image, on the CPU: a table of its own, benchmarks.latency."""
+    from benchmarks import latency  # needs the extra `export`
+
+    backbones = args.backbones or (["mobilenet_v1"] if args.quick else list(list_backbones()))
+    size, seconds = args.image_size or (32 if args.quick else 224), 0.2 if args.quick else 20.0
+    latency.table(backbones, args.experts, size, seconds, output_folder(args), args.fresh)
 
 
 if __name__ == "__main__":

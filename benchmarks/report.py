@@ -99,7 +99,10 @@ class Report:
         if not same:
             self.data["origins"].append({**now, "date": time.strftime("%Y-%m-%d"), "commands": []})
         self.origin_index: int = same[0] if same else len(self.data["origins"]) - 1
-        command = f"python -m benchmarks.{name} {' '.join(sys.argv[1:])}".strip()
+        # A report can be a part of another's command: benchmarks.networks also makes the table of benchmarks.latency.
+        program = Path(sys.argv[0])
+        called = program.stem if program.parent.name == "benchmarks" else name
+        command = f"python -m benchmarks.{called} {' '.join(sys.argv[1:])}".strip()
         if command not in self.origin["commands"]:
             self.origin["commands"].append(command)
 

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import latency, networks
 from benchmarks.latency import KINDS, render
 
 
@@ -13,3 +20,33 @@ def test_the_table() -> None:
     assert "| resnet18, 224 px | static | 1.0 | 2.0 | 3.0 | - | 5.0 |" in text
     assert "| resnet18, 224 px | CondConv, 8 experts | 10.0 | 11.0 | 12.0 | 13.0 | 14.0 |" in text
     assert "| b-e8-224px | out of memory |" in text
+
+
+def fake(backbone: str, experts: int, image_size: int, budget_s: float) -> dict[str, Any]:
+    times = {f"{variant} eager": {"median_ms": 2.0} for variant in ("static", "CondConv")}
+    return {"backbone": backbone, "experts": experts, "image_size": image_size, "notes": {}, "times": times}
+
+
+def test_the_benchmark_of_networks_makes_the_table_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself and at the end of the whole benchmark, not beside a selection."""
+    monkeypatch.setattr(latency, "measure", fake)
+    monkeypatch.setattr(networks, "chosen_cases", lambda args: [])
+    monkeypatch.setattr("sys.argv", ["/somewhere/benchmarks/networks.py", "--preset", "latency"])
+    options = ["--device", "cpu", "--output", str(tmp_path)]
+    networks.main(["--preset", "latency", "--backbones", "resnet18", *options])
+    written = json.loads((tmp_path / "latency-cpu.json").read_text())
+    assert [row["id"] for row in written["rows"]] == ["resnet18-e8-224px"]
+    assert written["origins"][0]["commands"] == ["python -m benchmarks.networks --preset latency"]
+    networks.main(["--preset", "issue3", *options])
+    networks.main(["--backbones", "resnet18", *options])
+    assert len(json.loads((tmp_path / "latency-cpu.json").read_text())["rows"]) == 1
+    networks.main(options)
+    assert len(json.loads((tmp_path / "latency-cpu.json").read_text())["rows"]) == 8
+
+
+@pytest.mark.slow
+def test_one_backbone_for_real(tmp_path: Path) -> None:
+    networks.main(["--preset", "latency", "--quick", "--device", "cpu", "--output", str(tmp_path)])
+    (row,) = json.loads((tmp_path / "latency-cpu.json").read_text())["rows"]
+    assert set(row["times"]) == {f"{v} {k}" for v in ("static", "CondConv") for k in KINDS} - {"static ONNX matmul"}
+    assert all(time["median_ms"] > 0 for time in row["times"].values())
