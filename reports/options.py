@@ -17,7 +17,7 @@ HELP = """Compare finished runs: one HTML page that needs no network, Markdown, 
   title=      of the page [from the folder's name]
   metric=     the figure that is compared, such as test/top1, val_ema/top1, val/AP [test/top1, or what the runs have]
   baseline=   settings of one group that all others are compared with [the static twin: same settings but condconv.*]
-  notes=      a Markdown file that is shown at the top; its links count from the report's folder
+  notes=      a Markdown file that is shown at the top; its links and pictures count from the report's folder
   links=      true|false: links to the runs' folders; false leaves out all absolute paths, for a page to pass on [true]
 
 Runs that failed, did not finish, or repeat another one's settings and seed are listed with the reason and in no mean.

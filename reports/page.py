@@ -12,7 +12,6 @@ from typing import Any
 from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader
-from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 from reports.charts import charts_of, count
@@ -21,6 +20,7 @@ from reports.comparison import Comparison, Row
 from reports.configs import config_entries, shortened
 from reports.findings import findings
 from reports.groups import short_name, show
+from reports.notes import render_notes
 from reports.provenance import Options, commit_of, hours, provenance
 from reports.published import published
 from reports.runs import Run
@@ -68,7 +68,7 @@ def write_report(comparison: Comparison, options: Options) -> list[Path]:
         name: Markup((TEMPLATES / name).read_text(encoding="utf-8")) for name in ("chart.css", "page.css", "page.js")
     }
     css = texts["chart.css"] + texts["page.css"] + Markup(context["colors"])
-    notes = Markup(MarkdownIt("commonmark", {"html": False}).enable("table").render(options.notes))
+    notes = render_notes(options.notes, options.out)
     page = environment.get_template("page.html.j2").render(**context, css=css, js=texts["page.js"], notes=notes)
     plain = environment.overlay(autoescape=False).get_template("page.md.j2").render(**context, notes=options.notes)
     (options.out / "figures").mkdir(parents=True, exist_ok=True)

@@ -145,6 +145,16 @@ def test_notes_are_shown_without_html(sweep: Path, tmp_path: Path) -> None:
     assert "<script>x" not in text and 'href="javascript' not in text
 
 
+def test_pictures_of_the_notes_are_part_of_the_page(sweep: Path, tmp_path: Path) -> None:
+    (tmp_path / "a b.png").write_bytes(b"not really a picture")
+    (tmp_path / "notes.md").write_text("![seen](a%20b.png)\n")
+    page, _ = make(f"runs={sweep}", f"out={tmp_path}", f"notes={tmp_path / 'notes.md'}")
+    assert '<img src="data:image/png;base64,bm90IHJlYWxseSBhIHBpY3R1cmU=" alt="seen"' in page.read_text()
+    (tmp_path / "notes.md").write_text("![gone](gone.png)\n")
+    with pytest.raises(ReportError, match=r"The notes show gone\.png"):
+        make(f"runs={sweep}", f"out={tmp_path}", f"notes={tmp_path / 'notes.md'}")
+
+
 def test_nothing_but_failures_still_makes_a_page(tmp_path: Path) -> None:
     write_run(tmp_path, status="failed", error="no")
     page, said = make(f"runs={tmp_path}")
@@ -202,6 +212,8 @@ def browse(page: Path, profile: Path, *flags: str) -> subprocess.CompletedProces
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
 def test_in_a_browser(sweep: Path, tmp_path: Path) -> None:
     """The script runs, no name does, nothing is wider than a telephone, and both colour schemes are drawn."""
+    if subprocess.run([str(CHROMIUM), "--version"], capture_output=True).returncode:
+        pytest.skip(f"{CHROMIUM} does not start")
     page, _ = make(f"runs={sweep}", f"out={tmp_path / 'report'}")
     frame = tmp_path / "frame.html"
     script = "onload=()=>{const d=document.querySelector('iframe').contentDocument;"
