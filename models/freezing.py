@@ -20,7 +20,7 @@ def freeze(network: nn.Module, what: str, classifier: str = "") -> None:
         network: static or converted.
         what: "backbone": all but experts, routers and the classifier, and running statistics stay as they are;
             "experts": the experts' kernels and biases, so that routers and all static layers are trained; "none".
-        classifier: name of the classifier.
+        classifier: name of the classifier, or of a detector's head.
 
     Raises:
         ValueError: an unknown part, or one that the network does not have.
@@ -49,8 +49,8 @@ def _freeze_backbone(network: nn.Module, layers: list[Any], classifier: str) -> 
     kept = {id(parameter) for parameter in trained}
     for parameter in network.parameters():
         parameter.requires_grad_(id(parameter) in kept)
-    for module in network.modules():
-        if isinstance(module, _RUNNING_STATISTICS):
+    for name, module in network.named_modules():
+        if isinstance(module, _RUNNING_STATISTICS) and not (classifier and name.startswith(f"{classifier}.")):
             module.register_forward_pre_hook(_stay_in_eval_mode)
 
 

@@ -124,6 +124,21 @@ def load_weights(network: nn.Module, weights: Weights, name: str, new_classifier
     load_complete(network, state, weights.source)
 
 
+def load_detector(detector: nn.Module, weights: Weights, new_classifier: bool = False) -> None:
+    """Load a detector's weights into a detector; with `new_classifier` its class predictors stay as they are.
+
+    Raises:
+        ValueError: with the tensors that are missing, unknown or of another shape; nothing was loaded.
+    """
+    state = dict(weights.state)
+    if new_classifier:
+        parts = ("head.predictors.", ".classes.")
+        left = {key for key in state if key.startswith(parts[0]) and parts[1] in key}
+        own = {key: value for key, value in detector.state_dict().items() if key in left}
+        state = {key: own.get(key, value) for key, value in state.items() if key not in left or key in own}
+    load_complete(detector, state, weights.source)
+
+
 def _from_torchvision(state: Mapping[str, Tensor], network: nn.Module, source: str) -> dict[str, Tensor]:
     """The state dict of a torchvision network under timm's names: the same tensors in the same order."""
     own = network.state_dict()

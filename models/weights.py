@@ -108,6 +108,11 @@ class Weights:
         return not has_experts(self.state)
 
     @property
+    def is_detector(self) -> bool:
+        """Whether they are of a `models.ssd.SSD`, backbone and head."""
+        return any(name.startswith("head.predictors.") for name in self.state)
+
+    @property
     def is_timm_condconv(self) -> bool:
         return is_timm_condconv(self.state)
 

@@ -1,0 +1,106 @@
+"""Training of SSD: which anchor learns which box, and the two losses.
+
+Conventions of the TensorFlow Object Detection API (ssd_mobilenet_v1_300x300_coco14_sync.config) [seen]: an anchor is
+matched to the box that it overlaps most if their IoU is at least 0.5, and every box gets its best anchor whatever the
+IoU; classification is a focal loss (alpha 0.75, gamma 2) on sigmoids, or cross entropy with hard negative mining (three
+negatives for each positive); boxes are learned by smooth L1 on codes scaled by 10, 10, 5, 5, averaged over the four
+numbers of a code; both losses are divided by the number of matched anchors of the batch.
+
+Letters: `N` images, `A` anchors, `M` boxes of an image, `C` classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.models.detection._utils import BoxCoder, SSDMatcher
+from torchvision.ops import box_iou, sigmoid_focal_loss
+
+LOSSES = ("focal", "hard_negative")
+CODE_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+NOTHING = -1
+"""The class target of an anchor that is matched to no box."""
+box_coder = BoxCoder(CODE_WEIGHTS)
+
+
+def match(
+    targets: Sequence[Mapping[str, Any]], anchors_A4: Tensor, iou_threshold: float = 0.5
+) -> tuple[Tensor, Tensor]:
+    """What each anchor has to learn.
+
+    Args:
+        targets: of each image, `boxes` float `[M, 4]` (x1, y1, x2, y2 in pixels) and `labels` int64 `[M]`, M may be 0.
+        anchors_A4: in the same pixels.
+        iou_threshold: from which an anchor is matched to a box.
+
+    Returns:
+        Class targets int64 `[N, A]`, `NOTHING` where no box is matched, and boxes `[N, A, 4]`, the anchor itself there.
+    """
+    matcher = SSDMatcher(iou_threshold)
+    classes, boxes = [], []
+    for target in targets:
+        if len(target["boxes"]) == 0:
+            classes.append(torch.full((len(anchors_A4),), NOTHING, device=anchors_A4.device))
+            boxes.append(anchors_A4)
+            continue
+        found_A = matcher(box_iou(target["boxes"].to(anchors_A4.dtype), anchors_A4))
+        matched_A = found_A >= 0
+        index_A = found_A.clamp(min=0)
+        classes.append(torch.where(matched_A, target["labels"][index_A], NOTHING))
+        boxes.append(torch.where(matched_A[:, None], target["boxes"][index_A].to(anchors_A4.dtype), anchors_A4))
+    return torch.stack(classes), torch.stack(boxes)
+
+
+def detection_losses(
+    class_logits: Tensor,
+    box_codes: Tensor,
+    class_targets: Tensor,
+    box_targets: Tensor,
+    anchors_A4: Tensor,
+    *,
+    loss: str = "focal",
+    alpha: float = 0.75,
+    gamma: float = 2.0,
+    negatives_per_positive: float = 3.0,
+) -> dict[str, Tensor]:
+    """The two parts of the loss, `class` and `box`, and the number of matched anchors per image, `matched`.
+
+    Args:
+        class_logits: `[N, A, C]` for the focal loss, `[N, A, 1 + C]` (background first) for "hard_negative".
+        box_codes: `[N, A, 4]`.
+        class_targets, box_targets: see `match`.
+        anchors_A4: the anchors.
+        loss: one of `LOSSES`.
+        alpha, gamma: of the focal loss; alpha is the weight of a positive, 1 - alpha of a negative.
+        negatives_per_positive: of "hard_negative": so many anchors without a box, those with the largest losses, count
+            for each one with a box, within an image.
+    """
+    class_logits, box_codes = class_logits.float(), box_codes.float()
+    positive_NA = class_targets != NOTHING
+    num_matched = positive_NA.sum().clamp(min=1)
+    if loss == "focal":
+        wanted = F.one_hot(class_targets.clamp(min=0), class_logits.shape[-1]) * positive_NA[..., None]
+        class_loss = sigmoid_focal_loss(class_logits, wanted.to(class_logits.dtype), alpha, gamma, reduction="sum")
+    elif loss == "hard_negative":
+        class_loss = _mined_cross_entropy(class_logits, class_targets, positive_NA, negatives_per_positive)
+    else:
+        raise ValueError(f"unknown detection loss {loss!r}: choose one of {', '.join(LOSSES)}")
+    anchors = anchors_A4.expand_as(box_targets)[positive_NA]
+    wanted_codes = box_coder.encode_single(box_targets[positive_NA], anchors)
+    box_loss = F.smooth_l1_loss(box_codes[positive_NA], wanted_codes, reduction="sum") / len(CODE_WEIGHTS)
+    matched = positive_NA.sum() / len(class_targets)
+    return {"class": class_loss / num_matched, "box": box_loss / num_matched, "matched": matched}
+
+
+def _mined_cross_entropy(logits: Tensor, class_targets: Tensor, positive_NA: Tensor, ratio: float) -> Tensor:
+    """Sum of cross entropies over the positives and the hardest negatives of each image (Liu et al., *SSD*, 2016)."""
+    labels = class_targets + 1  # 0 is background
+    each_NA = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    negative_NA = each_NA.detach().masked_fill(positive_NA, -torch.inf)
+    rank_NA = negative_NA.argsort(dim=1, descending=True).argsort(dim=1)
+    chosen_NA = rank_NA < (ratio * positive_NA.sum(1, keepdim=True))
+    return (each_NA * (positive_NA | (chosen_NA & ~positive_NA))).sum()
