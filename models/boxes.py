@@ -1,10 +1,8 @@
-"""From what SSD predicts to boxes: decoding, non-maximum suppression, and COCO's form of a detection."""
+"""From what SSD predicts to boxes: scores, decoding, non-maximum suppression."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,32 +67,3 @@ def suppress(boxes_NK4: Tensor, scores_NK: Tensor, labels_NK: Tensor, options: S
         kept = batched_nms(boxes, scores, labels, options.iou_threshold)[: options.detections]
         found.append({"boxes": boxes[kept], "scores": scores[kept], "labels": labels[kept]})
     return found
-
-
-def to_coco(
-    detections: Sequence[Detection],
-    targets: Sequence[Mapping[str, Any]],
-    image_size: int,
-    category_ids: Sequence[int],
-) -> Iterator[dict[str, Any]]:
-    """COCO results, plain values: box (x, y, width, height) in pixels of the original image.
-
-    Args:
-        detections: boxes in pixels of the resized square.
-        targets: of the same images: `image_id`, `original_size` (height, width).
-        image_size: side of the square.
-        category_ids: of the labels.
-    """
-    for found, target in zip(detections, targets, strict=True):
-        height, width = (int(side) for side in target["original_size"])
-        scale = torch.tensor([width, height, width, height], dtype=torch.float64) / image_size
-        boxes = found["boxes"].detach().cpu().double() * scale
-        boxes[:, 2:] -= boxes[:, :2]
-        values = zip(boxes.tolist(), found["scores"].tolist(), found["labels"].tolist(), strict=True)
-        for box, score, label in values:
-            yield {
-                "image_id": int(target["image_id"]),
-                "category_id": int(category_ids[label]),
-                "bbox": [round(value, 3) for value in box],
-                "score": round(score, 6),
-            }

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from models.ema import WeightAverage
+from models.module import NetworkModule, Schedule
 
 Batch = tuple[Tensor, Tensor]
 STAGES = ("train", "val", "val_ema", "test", "test_ema")
 
 
-class ClassificationModule(pl.LightningModule):
+class ClassificationModule(NetworkModule):
     """Cross entropy on one network; top-1, top-5 and loss on validation and test images.
 
     With a weight average (`models.ema.WeightAverageCallback`) every evaluation is made twice, with the raw weights
@@ -28,12 +25,8 @@ class ClassificationModule(pl.LightningModule):
     Args:
         net: images float `[N, 3, H, W]` -> logits `[N, num_classes]`.
         num_classes: at least 2; top-5 is top-`num_classes` where there are fewer than 5.
-        optimizer: network -> optimiser; None for evaluation alone.
-        schedule: (steps_per_epoch=, total_epochs=) -> function from the optimiser step to a factor of the learning
-            rate, applied before every optimiser step; None keeps it constant.
+        optimizer, schedule, channels_last, compile: see `NetworkModule`.
         label_smoothing: of the training loss only; reported validation losses are plain cross entropies.
-        channels_last: memory format of images and kernels; values are the same, CPUs are twice as fast.
-        compile: compile the network in place, so that the keys of its weights keep their names.
         batch_transform: changes a training batch on the device, (images, labels, num_classes, position) -> (images,
             labels or class probabilities `[N, num_classes]`): the place for `models.mixing.BatchMixer`. The position
             is (epoch, batch, rank), so that what it draws can depend on that alone and is the same after a resume.
@@ -45,35 +38,19 @@ class ClassificationModule(pl.LightningModule):
         num_classes: int,
         *,
         optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
-        schedule: Callable[..., Callable[[int], float]] | None = None,
+        schedule: Schedule | None = None,
         label_smoothing: float = 0.0,
         channels_last: bool = True,
         compile: bool = False,
         batch_transform: Callable[[Tensor, Tensor, int, tuple[int, ...]], Batch] | None = None,
     ) -> None:
-        super().__init__()
         if num_classes < 2:
             raise ValueError(f"Classification needs at least 2 classes, the data has {num_classes}.")
-        self.net = net
+        super().__init__(net, optimizer=optimizer, schedule=schedule, channels_last=channels_last, compile=compile)
         self.num_classes = num_classes
-        self.optimizer = optimizer
-        self.schedule = schedule
         self.label_smoothing = label_smoothing
-        self.channels_last = channels_last
         self.batch_transform = batch_transform
-        self.weight_average: WeightAverage | None = None
         self.metrics = nn.ModuleDict({f"{stage}_metrics": _stage_metrics(num_classes) for stage in STAGES})
-        if channels_last:
-            net.to(memory_format=torch.channels_last)
-        if compile:
-            net.compile()
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits `[N, num_classes]` of normalised images `[N, 3, H, W]`."""
-        if self.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        logits: Tensor = self.net(images)
-        return logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch
@@ -112,18 +89,6 @@ class ClassificationModule(pl.LightningModule):
             metrics["loss"].update(F.cross_entropy(logits, labels, reduction="none"))
             self.log(f"{stage}/top5", metrics["top5"], on_step=False, on_epoch=True)
             self.log(f"{stage}/loss", metrics["loss"], on_step=False, on_epoch=True)
-
-    def configure_optimizers(self) -> Any:
-        if self.optimizer is None:
-            raise ValueError("This module was built for evaluation: it has no optimiser.")
-        optimizer = self.optimizer(self.net)
-        if self.schedule is None:
-            return optimizer
-        total_steps = self.trainer.estimated_stepping_batches
-        steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
-        factor = self.schedule(steps_per_epoch=steps_per_epoch, total_epochs=total_steps / steps_per_epoch)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 def _stage_metrics(num_classes: int) -> nn.ModuleDict:

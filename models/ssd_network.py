@@ -190,7 +190,7 @@ def _initialize(module: nn.Module, prior: float | None) -> None:
 
 
 def draw_layer(layer: nn.Module, name: str, prior: float | None) -> None:
-    """Initial values by He et al. for further maps (the API has N(0, 0.03)), N(0, 0.01) for predictors, and the prior."""
+    """He et al.'s initial values for further maps (the API: N(0, 0.03)), N(0, 0.01) for predictors, and the prior."""
     assert isinstance(layer, nn.Conv2d)
     if layer.bias is None:
         nn.init.kaiming_normal_(layer.weight, mode="fan_in", nonlinearity="relu")

@@ -65,7 +65,8 @@ def test_eval_config_composes_and_needs_only_a_checkpoint() -> None:
 
 
 def test_every_backbone_has_a_config() -> None:
-    assert set(choices("model")) == {*list_backbones(), "timm", "as_trained"}
+    networks = {*list_backbones(), "timm"}
+    assert set(choices("model")) == {*networks, *(f"ssd_{name}" for name in networks), "as_trained"}
 
 
 def test_the_command_of_the_readme() -> None:

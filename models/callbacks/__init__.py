@@ -1,11 +1,13 @@
 """Lightning callbacks: what is shown, measured and saved around the training of a network."""
 
+from models.callbacks.detections import DetectionFiles
 from models.callbacks.display import ModelTable, model_figures, print_results, print_training_results, progress_bar
 from models.callbacks.routing import RoutingStatistics
 from models.callbacks.saving import SavedConfig
 from models.callbacks.throughput import EvaluationSpeed, Throughput
 
 __all__ = [
+    "DetectionFiles",
     "EvaluationSpeed",
     "ModelTable",
     "RoutingStatistics",

@@ -1,0 +1,70 @@
+"""What every training module shares: one network, its memory format, optimiser and schedule, its moving average."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from models.ema import WeightAverage
+
+Schedule = Callable[..., Callable[[int], float]]
+
+
+class NetworkModule(pl.LightningModule):
+    """A LightningModule around one network; what is learned and measured is the subclass's.
+
+    Args:
+        net: images float `[N, 3, H, W]` -> its outputs.
+        optimizer: network -> optimiser; None for evaluation alone.
+        schedule: (steps_per_epoch=, total_epochs=) -> function from the optimiser step to a factor of the learning
+            rate, applied before every optimiser step; None keeps it constant.
+        channels_last: memory format of images and kernels; values are the same, CPUs are twice as fast.
+        compile: compile the network in place, so that the keys of its weights keep their names.
+
+    Attributes:
+        weight_average: the moving average of the weights, where `models.ema.WeightAverageCallback` keeps one; every
+            evaluation is then made twice, with the raw weights and with the averaged ones.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
+        schedule: Schedule | None = None,
+        channels_last: bool = True,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.channels_last = channels_last
+        self.weight_average: WeightAverage | None = None
+        if channels_last:
+            net.to(memory_format=torch.channels_last)
+        if compile:
+            net.compile()
+
+    def forward(self, images: Tensor) -> Any:
+        """The network's outputs for normalised images `[N, 3, H, W]`."""
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return self.net(images)
+
+    def configure_optimizers(self) -> Any:
+        if self.optimizer is None:
+            raise ValueError("This module was built for evaluation: it has no optimiser.")
+        optimizer = self.optimizer(self.net)
+        if self.schedule is None:
+            return optimizer
+        total_steps = self.trainer.estimated_stepping_batches
+        steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        factor = self.schedule(steps_per_epoch=steps_per_epoch, total_epochs=total_steps / steps_per_epoch)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

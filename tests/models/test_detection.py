@@ -1,0 +1,123 @@
+"""The detection module: what it learns on a few scenes, what it logs and writes, the moving average, mistakes."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+from tiny_scenes import Scenes
+from torch import nn
+
+from models import create_detector
+from models.callbacks import DetectionFiles
+from models.detection import DetectionModule
+from models.ema import WeightAverageCallback
+
+
+def module(experts: int = 0, loss: str = "focal", lr: float = 2e-3, **options: Any) -> DetectionModule:
+    torch.manual_seed(0)
+    net = create_detector(num_classes=3, experts=experts, image_size=64, width=0.25, loss=loss, router_gain=1.0)
+    optimizer = partial(_adam, lr=lr)
+    return DetectionModule(net, 3, optimizer=optimizer, loss=loss, **options)
+
+
+def _adam(net: nn.Module, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.Adam(net.parameters(), lr=lr)
+
+
+def trainer(folder: Path, **options: Any) -> pl.Trainer:
+    settings = {
+        "accelerator": "cpu",
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "logger": False,
+        "num_sanity_val_steps": 0,
+        "default_root_dir": folder,
+        "max_epochs": 1,
+        **options,
+    }
+    return pl.Trainer(**settings)
+
+
+def rounded(boxes: list[dict[str, Any]]) -> set[tuple[float, ...]]:
+    return {(b["image_id"], b["category_id"], *(round(side, 2) for side in b["bbox"])) for b in boxes}
+
+
+@pytest.mark.parametrize(("experts", "loss"), [(0, "focal"), (4, "focal"), (0, "hard_negative")])
+def test_a_few_scenes_are_learned_by_heart(tmp_path: Path, experts: int, loss: str) -> None:
+    found = module(experts, loss)
+    fit = trainer(tmp_path, max_epochs=70, limit_val_batches=0)
+    fit.fit(found, datamodule=Scenes(8, 8))
+    figures = fit.test(found, datamodule=Scenes(8, 8), verbose=False)[0]
+    assert figures["test/AP50"] >= 0.85, figures
+    assert {"test/AP", "test/AR100", "test/loss", "test/loss_class", "test/loss_box"} <= figures.keys()
+
+
+def test_the_truth_as_detections_has_ap_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Boxes go to the images' own pixels, and labels to category ids: any slip would show."""
+    found, data = module(), Scenes(8, 4)
+    batches = iter([data.scenes[:4], data.scenes[4:]])
+
+    def detect(outputs: Any) -> list[dict[str, Any]]:
+        return [
+            {"boxes": t["boxes"], "labels": t["labels"], "scores": torch.ones(len(t["labels"]))}
+            for _, t in next(batches)
+        ]
+
+    monkeypatch.setattr(found.net, "detect", detect)
+    run = trainer(tmp_path, callbacks=[DetectionFiles(tmp_path / "detections", pictures=6)])
+    figures = run.test(found, datamodule=data, verbose=False)[0]
+    assert figures["test/AP"] == pytest.approx(1.0) and figures["test/AR100"] == pytest.approx(1.0)
+    results = json.loads((tmp_path / "detections" / "results.json").read_text())
+    assert rounded(results) == rounded(data.ground_truth()["annotations"])
+    lines = (tmp_path / "detections" / "per_class.csv").read_text().splitlines()
+    assert lines == ["class,AP", "red,1.000000", "green,1.000000", "blue,1.000000"]
+    with Image.open(tmp_path / "detections" / "pictures.png") as picture:
+        assert picture.width > 4 * 240 and picture.height > 2 * 240
+
+
+def test_one_step_is_logged_in_parts(tmp_path: Path) -> None:
+    found = module(class_weight=2.0, box_weight=0.5)
+    fit = trainer(tmp_path, max_steps=1, limit_val_batches=0)
+    fit.fit(found, datamodule=Scenes(4, 4))
+    logged = {key: float(value) for key, value in fit.logged_metrics.items()}
+    expected = 2 * logged["train/loss_class"] + 0.5 * logged["train/loss_box"]
+    assert logged["train/loss"] == pytest.approx(expected, rel=1e-5)
+    assert logged["train/matched"] > 0
+
+
+def test_the_moving_average_is_evaluated_beside_the_raw_weights(tmp_path: Path) -> None:
+    found = module(2, lr=0.05)
+    files = DetectionFiles(tmp_path / "detections", pictures=2)
+    fit = trainer(tmp_path, max_epochs=2, callbacks=[WeightAverageCallback(0.9), files])
+    fit.fit(found, datamodule=Scenes(4, 4))
+    assert {"val/AP", "val_ema/AP", "val_ema/loss"} <= fit.callback_metrics.keys()
+    assert float(fit.callback_metrics["val/loss"]) != float(fit.callback_metrics["val_ema/loss"])
+    assert sorted(path.name for path in files.folder.iterdir()) == ["val-epoch-001.png", "val-epoch-002.png"]
+    fit.test(found, datamodule=Scenes(4, 4), verbose=False)
+    assert (files.folder / "results.json").is_file() and (files.folder / "results-ema.json").is_file()
+
+
+def test_bfloat16_autocast(tmp_path: Path) -> None:
+    fit = trainer(tmp_path, max_steps=2, precision="bf16-mixed")
+    fit.fit(module(2), datamodule=Scenes(4, 4))
+    assert torch.isfinite(fit.callback_metrics["train/loss"])
+
+
+def test_mistakes() -> None:
+    net = create_detector(num_classes=3, experts=0, image_size=64, width=0.25)
+    with pytest.raises(ValueError, match="needs a detector"):
+        DetectionModule(nn.Conv2d(3, 3, 1), 3)
+    with pytest.raises(ValueError, match=r"set model\.loss=hard_negative"):
+        DetectionModule(net, 3, loss="hard_negative")
+    with pytest.raises(ValueError, match="unknown detection loss"):
+        DetectionModule(net, 3, loss="l1")
+    with pytest.raises(ValueError, match="min_score"):
+        DetectionFiles("nowhere", min_score=2)
