@@ -75,6 +75,17 @@ def test_the_command_of_the_readme() -> None:
     assert cfg.data._target_ == "data.digits.DigitsDataModule" and cfg.data.image_size == 32
 
 
+@pytest.mark.parametrize("model", ["ssd_mobilenet_v1", "ssd_resnet18"])
+def test_a_detector_brings_its_data_and_task(model: str) -> None:
+    cfg = compose_config(f"model={model}", "condconv.experts=8")
+    assert cfg.model.name == model and cfg.data._target_ == "data.digit_scenes.DigitScenesDataModule"
+    assert cfg.task._target_ == "models.detection.DetectionModule" and cfg.callbacks.checkpoint.monitor == "val/AP"
+    assert cfg.model.image_size == cfg.data.image_size
+    assert compose_config("data=coco", f"model={model}", "data.root=/coco").data._target_ == "data.coco.CocoDataModule"
+    assert compose_config(f"model={model}", "optim=sgd", "data.image_size=96").model.image_size == 96
+    assert compose_config("model=resnet18").callbacks.checkpoint.monitor == "val/top1"
+
+
 @pytest.mark.parametrize("typo", ["condconv.expert=4", "trainer.max_epoch=3", "data.batchsize=3", "sed=1"])
 def test_a_typo_is_an_error(typo: str) -> None:
     with pytest.raises(Exception, match="Could not override"):
