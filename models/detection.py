@@ -11,7 +11,7 @@ from torchmetrics import MeanMetric
 
 from models.boxes import Detection
 from models.coco_evaluation import FIGURES, CocoFigures, Result, coco_results, evaluate_over_ranks
-from models.detection_losses import LOSSES, detection_losses, match
+from models.detection_losses import detection_losses, match
 from models.module import NetworkModule, Schedule
 from models.ssd_network import SSD
 
@@ -29,10 +29,9 @@ class DetectionModule(NetworkModule):
     the raw weights (`val/...`) and with the averaged ones (`val_ema/...`).
 
     Args:
-        net: the detector.
+        net: the detector; whether it has a background class decides between focal loss and hard negative mining.
         num_classes: of the data.
         optimizer, schedule, channels_last, compile: see `NetworkModule`.
-        loss: "focal" or "hard_negative", as the network was built for.
         alpha, gamma: of the focal loss.
         negatives_per_positive: of hard negative mining.
         iou_threshold: from which an anchor is matched to a box.
@@ -52,7 +51,6 @@ class DetectionModule(NetworkModule):
         *,
         optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
         schedule: Schedule | None = None,
-        loss: str = "focal",
         alpha: float = 0.75,
         gamma: float = 2.0,
         negatives_per_positive: float = 3.0,
@@ -64,16 +62,12 @@ class DetectionModule(NetworkModule):
     ) -> None:
         if not isinstance(net, SSD):
             raise ValueError("Detection needs a detector: model=ssd_mobilenet_v1 or another model=ssd_...")
-        if loss not in LOSSES:
-            raise ValueError(f"unknown detection loss {loss!r}: choose one of {', '.join(LOSSES)}")
-        if (loss == "hard_negative") != net.softmax:
-            raise ValueError(f"task.loss={loss}, but the network was built for the other loss: set model.loss={loss}")
         super().__init__(net, optimizer=optimizer, schedule=schedule, channels_last=channels_last, compile=compile)
         self.num_classes = num_classes
         self.iou_threshold = iou_threshold
         self.weights = {"class": class_weight, "box": box_weight}
         self.loss_options = {
-            "loss": loss,
+            "loss": "hard_negative" if net.softmax else "focal",
             "alpha": alpha,
             "gamma": gamma,
             "negatives_per_positive": negatives_per_positive,
