@@ -9,14 +9,13 @@ import torch
 from PIL import Image
 
 from data.coco_index import BAD_BOXES, CocoIndex, read_index, read_truth
+from data.decoding import UNREADABLE
 from data.detection import DetectionDataModule, DetectionDataset, DetectionExample, make_target
 from data.detection_transforms import AUGMENTS, DetectionTransform, detection_eval_transform, detection_train_transform
+from data.folder import some
 from data.sampling import Key, example_rng, split_key
 from data.transforms import NORMALIZATIONS, choice
 
-# What Pillow raises for broken files; SyntaxError comes from its PNG reader.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-NAMED_FILES = 10
 # So many files are looked for before the training: a wrong folder shows at once, and 118,000 are not opened.
 LOOKED_FOR = 16
 
@@ -87,8 +86,7 @@ class CocoImages(DetectionDataset):
         self._reported = count
         positions = torch.nonzero(self.corrupt).flatten().tolist()
         # Read again for the reason, which the workers cannot hand over.
-        files = ", ".join(f"{self.index.name(i)} ({self._failure(i)})" for i in positions[:NAMED_FILES])
-        files += f" and {count - NAMED_FILES} more" if count > NAMED_FILES else ""
+        files = some([f"{self.index.name(i)} ({self._failure(i)})" for i in positions])
         found = f"{count} unusable image(s) of {len(self)} in {self.folder}"
         if count > self.max_corrupt or count == len(self):
             raise RuntimeError(f"{found}, tolerated are {self.max_corrupt} (data.max_corrupt): {files}")

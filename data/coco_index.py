@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NAMED = 5
+from data.folder import some
+
 # Boxes of published sets stick out by rounding; what is cut off beyond so many pixels is counted.
 ROUNDING = 1.0
 SLOW_BYTES = 100 * 2**20
@@ -82,7 +83,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         around = path.parent
-        there = _some([entry.name for entry in sorted(around.iterdir())]) if around.is_dir() else None
+        there = some([entry.name for entry in sorted(around.iterdir())]) if around.is_dir() else None
         where = f"{around} does not exist" if there is None else f"{around} holds {there or 'nothing'}"
         raise FileNotFoundError(
             f"annotation file {path} does not exist ({where}): set data.root, or data.train_annotations and "
@@ -99,7 +100,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"annotation file {path} is not text: expected JSON, perhaps it is still compressed") from None
     wanted = ("images", "annotations", "categories")
     if not isinstance(content, dict) or any(not isinstance(content.get(key), list) for key in wanted):
-        found = f"a dict with {_some(sorted(content)) or 'nothing'}" if isinstance(content, dict) else "a list"
+        found = f"a dict with {some(sorted(content)) or 'nothing'}" if isinstance(content, dict) else "a list"
         hint = " (results.json is what eval.py writes, not a truth)" if isinstance(content, list) else ""
         raise ValueError(
             f"annotation file {path} is not in COCO's format: expected a dict with the lists images, annotations and "
@@ -205,7 +206,7 @@ def _boxes(
     raw = np.array(_column(annotations, "bbox", "annotation", path, _four), dtype=np.float64).reshape(-1, 4)
     bad = ~np.isfinite(raw).all(1) | (raw[:, 2:] < 0).any(1)
     if bad.any() and bad_boxes == "error":
-        named = _some([f"annotation {ids[i]}: {raw[i].tolist()}" for i in np.flatnonzero(bad)])
+        named = some([f"annotation {ids[i]}: {raw[i].tolist()}" for i in np.flatnonzero(bad)])
         raise ValueError(
             f"{int(bad.sum())} box(es) in {path} have a NaN or a negative size: {named}; repair the file (bbox is "
             f"left, top, width, height), or leave them out with data.bad_boxes=drop"
@@ -231,7 +232,7 @@ def _lookup(annotations: list[dict[str, Any]], key: str, known: dict[int, int], 
     unknown = [f"annotation {a['id']}: {v}" for a, v in zip(annotations, values, strict=True) if v not in known]
     if unknown:
         raise ValueError(
-            f"{len(unknown)} annotation(s) in {path} have a {key} that the file does not list: {_some(unknown)}"
+            f"{len(unknown)} annotation(s) in {path} have a {key} that the file does not list: {some(unknown)}"
         )
     return np.array([known[value] for value in values], dtype=np.int64)
 
@@ -280,9 +281,4 @@ def _no_duplicates(ids: list[int], what: str, path: Path) -> None:
     if len(set(ids)) == len(ids):
         return
     twice = [str(number) for number, count in Counter(ids).items() if count > 1]
-    raise ValueError(f"{len(twice)} {what} id(s) occur more than once in {path}: {_some(twice)}; each must be its own")
-
-
-def _some(names: list[str]) -> str:
-    rest = len(names) - NAMED
-    return ", ".join(names[:NAMED]) + (f" and {rest} more" if rest > 0 else "")
+    raise ValueError(f"{len(twice)} {what} id(s) occur more than once in {path}: {some(twice)}; each must be its own")
