@@ -39,6 +39,7 @@ def _curves(comparison: Comparison, metric: Metric) -> Chart | None:
     xs = [x for _, _, points in lines for x, *_ in points]
     ys = [value for _, _, points in lines for _, low, _, high in points for value in (low, high)]
     x, y = axes(("epochs", min(xs), max(xs)), (metric.title, *padded(ys, 0.04)))
+    x.whole = True
     picture = Picture(f"{metric.title} over epochs", x, y)
     picture.frame()
     picture.text(6, 14, metric.title, "title")

@@ -25,6 +25,7 @@ class Axis:
         start, end: pixels of low and high.
         log: logarithmic.
         labels: of categories 0, 1, 2, ...; empty for numbers.
+        whole: ticks at whole numbers only.
     """
 
     title: str
@@ -34,6 +35,7 @@ class Axis:
     end: float
     log: bool = False
     labels: list[str] = field(default_factory=list)
+    whole: bool = False
 
     def __call__(self, value: float) -> float:
         low, high, value = (
@@ -47,7 +49,7 @@ class Axis:
         if self.labels:
             return [(float(i), label) for i, label in enumerate(self.labels)]
         values = log_ticks(self.low, self.high) if self.log else linear_ticks(self.low, self.high)
-        return [(value, tick_label(value, values)) for value in values]
+        return [(value, tick_label(value, values)) for value in values if not self.whole or value == int(value)]
 
 
 def linear_ticks(low: float, high: float, count: int = 5) -> list[float]:

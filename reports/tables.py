@@ -14,6 +14,7 @@ from reports.statistics import Difference, Spread
 NUMBERS = ("model.params", "model.madds", "model.static_params", "model.static_madds", "images_per_second")
 NUMBERS += ("peak_memory_mb", "seconds", "epochs", "steps")
 FACTS = ("device", "threads", "devices", "commit", "dirty", "started", "ended")
+STAGES = ("train/", "val/", "val_ema/", "test/", "test_ema/")
 FORMULAS = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -36,7 +37,7 @@ def _run_line(run: Run, label: str, columns: dict[str, Any], paths: bool) -> dic
         "reason": _safe(run.reason if paths else shortened(run.reason)),
         "seed": run.seed,
         **columns,
-        **dict(sorted(run.figures.items())),
+        **{name: value for name, value in sorted(run.figures.items()) if name.startswith(STAGES)},
         **{f"best {name}": value for name, value in sorted(run.best.items())},
         **{key.removeprefix("model."): run.number(key) for key in NUMBERS},
         **facts,
