@@ -15,7 +15,7 @@ from configs.checks import check_eval
 from configs.messages import UserError, run_as_command, run_job
 from configs.resolvers import register_resolvers
 from configs.runs import adopt_normalization, choose_data, load_checkpoint, plain
-from models.callbacks import EvaluationSpeed, print_results
+from models.callbacks import EvaluationSpeed, evaluation_files, print_results
 from models.ema import CHECKPOINT_KEY, averaged_weights
 from models.pretrained import for_evaluation
 from models.weights import weights_of_run
@@ -23,13 +23,12 @@ from train import build_network
 
 register_resolvers()
 
-TASK = "models.classification.ClassificationModule"
-
 
 def evaluate(cfg: DictConfig) -> dict[str, float]:
     """Rebuild the run's network and data from its saved config, and measure; returns the figures by name.
 
-    `top1`, `top5`, `loss` are of the raw weights; `ema/top1` and so on of the averaged ones, if the run kept them.
+    `top1`, `top5`, `loss` (of a detector `AP` and so on, and files) are of the raw weights; `ema/top1` and so on of
+    the averaged ones, if the run kept them.
 
     Raises:
         ValueError, OSError: the checkpoint or the data cannot work; the message says what to do.
@@ -46,13 +45,15 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
             f"The network of {cfg.ckpt or cfg.pretrained} has {num_classes} classes, the data "
             f"{datamodule.num_classes}: evaluate it on the data it was trained for, or on a set with the same classes."
         )
+    if "image_size" in saved.model:  # a detector's anchors are made for it
+        saved.model.image_size = datamodule.image_size
     net = build_network(saved.model, saved.condconv, num_classes, **pretrained)
     if cfg.expert_dtype is not None:  # weights that are loaded later are compressed as they come
         compress_experts(net, cfg.expert_dtype)
     task = instantiate(saved.task, _partial_=True, compile=cfg.compile, channels_last=cfg.channels_last)
     module = task(net, num_classes)
-    speed = EvaluationSpeed()
-    trainer = instantiate(cfg.trainer, _partial_=True)(callbacks=[speed], logger=False)
+    speed, files = EvaluationSpeed(), evaluation_files(module, cfg.out, cfg.ckpt)
+    trainer = instantiate(cfg.trainer, _partial_=True)(callbacks=[speed, *files], logger=False)
     figures: dict[str, float] = {}
     for prefix, state in weights.items():
         if state is not None:
@@ -64,7 +65,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     if trainer.is_global_zero:
         shown = {**figures, "params": readable(counted.params), "madds": readable(counted.madds)}
         shown["images_per_second"] = f"{speed.images_per_second:.0f} ({trainer.strategy.root_device})"
-        print_results(f"{saved.name} on {datamodule.name}", shown)
+        print_results(f"{saved.name} on {datamodule.name}", shown, {"files": files[0].folder} if files else {})
     return figures
 
 
@@ -73,7 +74,7 @@ def open_weights(cfg: DictConfig) -> tuple[DictConfig, dict[str, Any], dict[str,
     if cfg.pretrained is not None:
         weights, settings = for_evaluation(cfg.pretrained, plain(cfg.model), plain(cfg.condconv))
         adopt_normalization(cfg, weights.normalization)
-        saved = {**settings, "name": str(cfg.pretrained), "data": {}, "task": {"_target_": TASK}}
+        saved = {**settings, "name": str(cfg.pretrained), "data": {}}
         return OmegaConf.create(saved), {"": None}, {"pretrained": weights}
     checkpoint = load_checkpoint(cfg.ckpt)
     saved = OmegaConf.create(checkpoint["config"])

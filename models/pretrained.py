@@ -23,6 +23,11 @@ PUBLISHED: Mapping[tuple[str, int], str] = {
 _TORCHVISION_BY_POSITION = ("mobilenet_v2", "efficientnet_b0")
 
 
+# By whether the weights are of a detector.
+_TARGETS = {False: "models.create_model", True: "models.create_detector"}
+_TASKS = {False: "models.classification.ClassificationModule", True: "models.detection.DetectionModule"}
+
+
 def find_weights(pretrained: str | Path | Weights, name: str, experts: int, init: str) -> Weights:
     """Read the weights that `create_model(pretrained=...)` asks for, and refuse those that cannot fit.
 
@@ -35,6 +40,7 @@ def find_weights(pretrained: str | Path | Weights, name: str, experts: int, init
         FileNotFoundError: there are no such weights.
         ValueError: they are of another network, or of a static one where experts are wanted, or the reverse.
     """
+    name = name.removeprefix("ssd_")  # of a detector: its backbone's weights
     if pretrained == "published":
         if (name, experts) not in PUBLISHED:
             known = ", ".join(f"{other} with {number} experts" for other, number in PUBLISHED)
@@ -76,7 +82,7 @@ def check_card(weights: Weights, asked: Mapping[str, Any]) -> None:
 def for_evaluation(
     pretrained: str, model: Mapping[str, Any], condconv: Mapping[str, Any]
 ) -> tuple[Weights, dict[str, dict[str, Any]]]:
-    """Weights, and the config groups `model` and `condconv` of their network.
+    """Weights, and the config groups `model`, `condconv` and `task` of their network.
 
     Args:
         pretrained: see `find_weights`.
@@ -93,10 +99,11 @@ def for_evaluation(
             raise ValueError(
                 f"{pretrained} does not say which network it is of: add model=... and condconv.experts=..."
             )
-        model, given = {**weights.card.model, "_target_": "models.create_model"}, {"backend": "auto", **given}
-        return weights, {"model": {"timm_options": {}, **model, **given}, "condconv": {}}
+        model, given = {**weights.card.model, "_target_": _TARGETS[weights.is_detector]}, {"backend": "auto", **given}
+        settings = {"model": {"timm_options": {}, **model, **given}, "condconv": {}}
+        return weights, {**settings, "task": {"_target_": _TASKS[weights.is_detector]}}
     weights = find_weights(pretrained, str(model["name"]), given.get("experts", 8), given.get("init", "network"))
-    return weights, {"model": dict(model), "condconv": given}
+    return weights, {"model": dict(model), "condconv": given, "task": {"_target_": _TASKS[weights.is_detector]}}
 
 
 def load_weights(network: nn.Module, weights: Weights, name: str, new_classifier: str | None = None) -> None:
@@ -157,12 +164,13 @@ def open_network(weights: Weights) -> nn.Module:
         ValueError: the file has no card (it is not ours), or its tensors do not fit.
     """
     from models.backbones import create_model  # which imports this file
+    from models.ssd import create_detector  # and so does this
 
     if weights.card is None:
         raise ValueError(
             f"{weights.source} does not say which network it is of: it was not written by export.py, save_pretrained "
             "or train.py. Build the network with create_model(name, ..., pretrained=<file>)"
         )
-    network = create_model(**weights.card.model)
+    network = create_detector(**weights.card.model) if weights.is_detector else create_model(**weights.card.model)
     load_complete(network, weights.state, weights.source)
     return network.eval()

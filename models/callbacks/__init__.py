@@ -1,6 +1,6 @@
 """Lightning callbacks: what is shown, measured and saved around the training of a network."""
 
-from models.callbacks.detections import DetectionFiles
+from models.callbacks.detections import DetectionFiles, evaluation_files
 from models.callbacks.display import ModelTable, model_figures, print_results, print_training_results, progress_bar
 from models.callbacks.routing import RoutingStatistics
 from models.callbacks.saving import SavedConfig
@@ -13,6 +13,7 @@ __all__ = [
     "RoutingStatistics",
     "SavedConfig",
     "Throughput",
+    "evaluation_files",
     "model_figures",
     "print_results",
     "print_training_results",

@@ -12,6 +12,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from models.boxes import Detection
 from models.callbacks.display import print_results
 from models.coco_evaluation import UNDEFINED, write_results
+from models.detection import DetectionModule
 from models.drawing import draw_detections, sheet, to_image
 
 RAW, AVERAGED = "", "-ema"
@@ -120,7 +121,22 @@ class DetectionFiles(Callback):
             table.writerows((name, "" if ap == UNDEFINED else f"{ap:.6f}") for name, ap in per_class.items())
         if self.print_per_class:
             shown = {name: "no objects" if ap == UNDEFINED else ap for name, ap in per_class.items()}
-            print_results(f"AP of each class{' (averaged weights)' if suffix else ''}", shown)
+            print_results(f"AP by class{' (averaged weights)' if suffix else ''}", shown)
+
+
+def evaluation_files(module: LightningModule, out: str | None, ckpt: str | None) -> list[DetectionFiles]:
+    """What eval.py writes of a detector; nothing of other networks.
+
+    Args:
+        module: of the task.
+        out: folder to write to; None: `evaluation` in the run's folder, or here where there is no checkpoint.
+        ckpt: a checkpoint, or a run's folder.
+    """
+    if not isinstance(module, DetectionModule):
+        return []
+    place = Path(ckpt or ".").expanduser()
+    run = place if place.is_dir() else place.parent.parent if place.parent.name == "checkpoints" else place.parent
+    return [DetectionFiles(out or run / "evaluation", print_per_class=True)]
 
 
 def _wandb_boxes(

@@ -40,7 +40,7 @@ def test_the_rows_of_the_table_are_all_there() -> None:
         *(f"{model}_condconv8" for model in ("mobilenet_v1", "mobilenet_v2", "mnasnet_a1", "resnet50")),
         *(f"mobilenet_v1_w{width}_{kind}" for width in ("025", "050") for kind in ("static", "condconv8")),
     }
-    models = {path.stem for path in (CONFIGS / "model").glob("*.yaml")} - {"timm"}
+    models = {path.stem for path in (CONFIGS / "model").glob("[!s]*.yaml")} - {"timm"}
     assert rows | {f"modern_{model}" for model in models - {"as_trained"}} <= set(RECIPES)
 
 

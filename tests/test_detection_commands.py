@@ -1,0 +1,83 @@
+"""Detection from the command line: train, evaluate, files of both, and mistakes."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import Commands
+
+TINY = (
+    *("model=ssd_mobilenet_v1", "model.width=0.25", "condconv.experts=2", "data.image_size=64", "logger=none"),
+    *("data.num_train=8", "data.num_val=6", "data.batch_size_per_device=4", "trainer.max_epochs=1"),
+)
+
+
+@pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Commands:
+    return Commands(tmp_path, monkeypatch, capsys)
+
+
+def only_run(folder: Path) -> Path:
+    (config,) = folder.rglob("config.yaml")
+    return config.parent
+
+
+def test_train_then_eval(commands: Commands, tmp_path: Path) -> None:
+    done = commands.train(*TINY, "data.normalize=half")
+    assert done.code == 0, done.err
+    run = only_run(tmp_path)
+    trained = json.loads((run / "result.json").read_text())
+    assert trained["status"] == "finished" and "val/AP" in json.dumps(trained)
+    files = {path.name for path in (run / "detections").iterdir()}
+    assert files == {"val-epoch-001.png", "pictures.png", "results.json", "per_class.csv"}
+    again = commands.eval(f"ckpt={run}")
+    assert again.code == 0, again.err
+    for word in ("AP50", "ARl", "AP by class", "files", str(run / "evaluation")):
+        assert word in again.out
+    results: list[dict[str, Any]] = json.loads((run / "evaluation" / "results.json").read_text())
+    assert results == json.loads((run / "detections" / "results.json").read_text())
+    assert all(set(r) == {"image_id", "category_id", "bbox", "score"} for r in results)
+    with (run / "evaluation" / "per_class.csv").open(newline="") as file:
+        assert [row["class"] for row in csv.DictReader(file)] == list("0123456789")
+    larger = commands.eval(f"ckpt={run}", "data.image_size=96", f"out={tmp_path / 'elsewhere'}")
+    assert larger.code == 0, larger.err
+    assert (tmp_path / "elsewhere" / "pictures.png").is_file()
+
+
+def test_a_checkpoint_with_other_classes(commands: Commands, tmp_path: Path) -> None:
+    assert commands.train(*TINY).code == 0
+    annotations = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 8, "height": 8}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 4, 4], "area": 16, "iscrowd": 0}],
+        "categories": [{"id": 1, "name": "cat"}],
+    }
+    (tmp_path / "coco.json").write_text(json.dumps(annotations))
+    from PIL import Image
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    paths = [f"data.{part}_annotations={tmp_path / 'coco.json'}" for part in ("train", "val")]
+    paths += [f"data.{part}_images={tmp_path}" for part in ("train", "val")]
+    done = commands.eval(f"ckpt={only_run(tmp_path)}", "data=coco_json", *paths, "data.batch_size_per_device=1")
+    assert done.code == 1 and "has 10 classes, the data 1" in done.err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("data=digits",), "needs data with boxes"),
+        (("model=mobilenet_v1", "data=digit_scenes"), "needs a detector"),
+        (("model.strides=[16,64]",), "maps of strides [2, 4, 8, 16, 32]"),
+        (("model.loss=cross_entropy",), "unknown detection loss"),
+        (("pretrained=nothing.pth",), "no weights at nothing.pth"),
+    ],
+)
+def test_mistakes(commands: Commands, overrides: tuple[str, ...], message: str) -> None:
+    keep = [each for each in TINY if not (overrides[0] == "data=digits" and each.startswith("data.num"))]
+    if overrides[0] == "model=mobilenet_v1":
+        keep = [each for each in keep if not each.startswith("model=")]
+    done = commands.train(*keep, *overrides)
+    assert done.code == 1 and message in done.err
