@@ -52,6 +52,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
         compress_experts(net, cfg.expert_dtype)
     task = instantiate(saved.task, _partial_=True, compile=cfg.compile, channels_last=cfg.channels_last)
     module = task(net, num_classes)
+    module.check_data(datamodule)
     speed, files = EvaluationSpeed(), evaluation_files(module, cfg.out, cfg.ckpt)
     trainer = instantiate(cfg.trainer, _partial_=True)(callbacks=[speed, *files], logger=False)
     figures: dict[str, float] = {}

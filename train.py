@@ -56,6 +56,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     net = build_network(cfg.model, cfg.condconv, datamodule.num_classes, **weights)
     recipe = {key: instantiate(cfg.optim[key], _convert_="all") for key in ("optimizer", "schedule")}
     module = instantiate(cfg.task, _partial_=True)(net, datamodule.num_classes, **recipe)
+    module.check_data(datamodule)
     config = plain(cfg)
     callbacks = [c for c in instantiate(cfg.callbacks, _convert_="all").values() if c is not None]
     loggers = [logger for logger in instantiate(cfg.logger, _convert_="all").values() if logger is not None]

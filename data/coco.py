@@ -138,13 +138,13 @@ class CocoDataModule(DetectionDataModule):
         bad_boxes: "error" or "drop", for boxes with a NaN or a negative size.
         max_corrupt: so many absent, corrupt or misfit images are skipped with a warning; one more is an error.
         max_train, max_val: only the first so many images.
+        name: of the data in messages.
         options: see `ImageDataModule`.
 
     Raises:
         FileNotFoundError, ValueError: data or options cannot work; the message says why and what to set.
     """
 
-    name = "coco"
     in_memory = False
 
     def __init__(
@@ -161,9 +161,11 @@ class CocoDataModule(DetectionDataModule):
         max_train: int | None = None,
         max_val: int | None = None,
         image_size: int = 300,
+        name: str = "coco",
         **options: Any,
     ) -> None:
         super().__init__(image_size=image_size, **options)
+        self.name = name
         self.root = None if root is None else Path(root).expanduser()
         self._folders = {True: self._path(train_images), False: self._path(val_images)}
         self._files = {True: self._path(train_annotations), False: self._path(val_annotations)}

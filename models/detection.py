@@ -43,6 +43,7 @@ class DetectionModule(NetworkModule):
     """
 
     net: SSD
+    learns_boxes = True
 
     def __init__(
         self,

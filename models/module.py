@@ -29,7 +29,10 @@ class NetworkModule(pl.LightningModule):
     Attributes:
         weight_average: the moving average of the weights, where `models.ema.WeightAverageCallback` keeps one; every
             evaluation is then made twice, with the raw weights and with the averaged ones.
+        learns_boxes: whether the data must hold boxes, or must not.
     """
+
+    learns_boxes = False
 
     def __init__(
         self,
@@ -50,6 +53,22 @@ class NetworkModule(pl.LightningModule):
             net.to(memory_format=torch.channels_last)
         if compile:
             net.compile()
+
+    def check_data(self, data: Any) -> None:
+        """Whether network and data belong together.
+
+        Raises:
+            ValueError: a classifier meets boxes, or a detector images without boxes.
+        """
+        if hasattr(data, "ground_truth") == self.learns_boxes:
+            return
+        name = getattr(data, "name", type(data).__name__)
+        if self.learns_boxes:
+            raise ValueError(f"A detector learns from boxes, and data={name} has none: take data=digit_scenes or coco.")
+        raise ValueError(
+            f"data={name} is for object detection, and this network classifies images: take model=ssd_mobilenet_v1 or "
+            f"another model=ssd_..., or other data."
+        )
 
     def forward(self, images: Tensor) -> Any:
         """The network's outputs for normalised images `[N, 3, H, W]`."""
