@@ -19,7 +19,12 @@ from train import register_resolvers
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GROUPS = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir() and not path.name.startswith("_"))
 # What a user has to give, and what eval.py alone uses.
-REQUIRED = {"data.root": "/images", "model.arch": "resnet18", "pretrained": "static.pth"}
+REQUIRED = {
+    "data.root": "/images",
+    "model.arch": "resnet18",
+    "pretrained": "static.pth",
+    **{f"data.{part}_{what}": "there" for part in ("train", "val") for what in ("images", "annotations")},
+}
 FOR_EVAL = {"data/as_trained", "model/as_trained", "condconv/as_trained"}
 
 register_resolvers()
