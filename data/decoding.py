@@ -1,8 +1,9 @@
 """Encoded images, and the libraries that decode them: the same pixels from each of them, at different speeds.
 
-simplejpeg, torchvision and Pillow all stand on libjpeg-turbo with its accurate settings, so their pixels are equal bit
-by bit (tested). What the fast ones do not read (other formats, CMYK, slightly broken files) is left to Pillow, so that
-which images count as readable does not depend on the decoder either.
+simplejpeg and Pillow both stand on libjpeg-turbo with its accurate settings, so their pixels are equal bit by bit
+(tested). What simplejpeg does not read (other formats, CMYK, slightly broken files) is left to Pillow, so that which
+images count as readable does not depend on the decoder either. `python -m benchmarks.loader` measures these and others:
+torchvision's decoder is deprecated, OpenCV fills up truncated files in silence, Pillow-SIMD takes Pillow's place.
 """
 
 import io
@@ -13,12 +14,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
 # What Pillow raises for broken files; SyntaxError comes from its PNG reader.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 # Fastest first, as measured by `python -m benchmarks.loader`.
-DECODERS = ("simplejpeg", "torchvision", "pillow")
+DECODERS = ("simplejpeg", "pillow")
 FACTORS = (1, 2, 4, 8)
 """By which libjpeg-turbo scales an image down while it decodes, at a gain of speed."""
 
@@ -74,9 +74,8 @@ class Picture:
 
     @cached_property
     def _header(self) -> tuple[int, int, bool]:
-        """Width, height, and whether the fast decoders can be trusted with it."""
-        is_jpeg = self.data[:2] == b"\xff\xd8"
-        if is_jpeg and self.decoder == "simplejpeg":
+        """Width, height, and whether simplejpeg can be trusted with it."""
+        if self.decoder == "simplejpeg" and self.data[:2] == b"\xff\xd8":
             import simplejpeg
 
             try:
@@ -88,7 +87,7 @@ class Picture:
                     return width, height, colours in ("YCbCr", "RGB", "Gray")
         try:
             with Image.open(io.BytesIO(self.data)) as image:
-                return *image.size, is_jpeg and self.decoder != "pillow" and image.mode in ("RGB", "L")
+                return *image.size, False
         except UNREADABLE as error:
             raise UnreadableImage(f"{type(error).__name__}: {error}") from error
 
@@ -111,19 +110,14 @@ class Picture:
         return self._decode_pillow()
 
     def _decode_fast(self, width: int, height: int, factor: int) -> np.ndarray | None:
-        try:
-            if self.decoder == "simplejpeg":
-                import simplejpeg
+        import simplejpeg
 
-                least = {"min_width": -(-width // factor), "min_height": -(-height // factor), "min_factor": factor}
-                array: np.ndarray = simplejpeg.decode_jpeg(self.data, "RGB", **(least if factor > 1 else {}))
-                return array
-            if factor == 1:
-                data = torch.frombuffer(bytearray(self.data), dtype=torch.uint8)
-                return decode_jpeg(data, ImageReadMode.RGB).permute(1, 2, 0).numpy()
-        except (ValueError, RuntimeError):  # Pillow reads some of what they refuse, or says what is wrong
-            pass
-        return None
+        least = {"min_width": -(-width // factor), "min_height": -(-height // factor), "min_factor": factor}
+        try:
+            array: np.ndarray = simplejpeg.decode_jpeg(self.data, "RGB", **(least if factor > 1 else {}))
+        except ValueError:  # Pillow reads some of what it refuses, or says what is wrong
+            return None
+        return array
 
     def _decode_pillow(self, factor: int = 1) -> Image.Image:
         try:

@@ -24,6 +24,8 @@ NORMALIZATIONS: dict[str, tuple[tuple[float, float, float], tuple[float, float, 
 INTERPOLATIONS = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BILINEAR}
 AUGMENTS = ("none", "autoaugment", "autoaugment_cifar10", "randaugment", "trivialaugment")
 TRAIN_CROPS = ("random_resized", "pad")
+SCALING_GAP = 2
+"""Resizing a JPEG by this much at least after the decoder has scaled it down keeps the result the same to the eye."""
 
 ImageTransform = Callable[[Image.Image | Picture], Tensor]
 """A picture, or Pillow's RGB image -> uint8 `[3, S, S]`."""
@@ -98,8 +100,9 @@ def eval_transform(image_size: int, *, crop_fraction: float = 0.875, interpolati
 class TrainTransform:
     """Training augmentation of one picture; all randomness is drawn from torch's default CPU generator.
 
-    Cropping, resizing and flipping work on uint8 tensors: antialiased, within one grey level of Pillow's result and
-    several times as fast. The policies (AutoAugment and so on) work on Pillow's images, as torchvision has them.
+    Cropping, resizing and flipping work on uint8 tensors: antialiased, within a grey level of Pillow's result (a few
+    where bicubic overshoots), and several times as fast. The policies (AutoAugment and so on) work on Pillow's images,
+    as torchvision has them.
 
     Args:
         image_size: side of the result in pixels.
@@ -113,9 +116,9 @@ class TrainTransform:
         interpolation: "bicubic" or "bilinear".
         fill: colour on 0..255 of what erasing removes and of the corners that a rotation lays bare; the mean of the
             normalisation makes them zero for the network.
-        dct_scaling: let the decoder halve (or quarter, ...) a JPEG of whose crop at least `image_size` pixels are left
-            then: much faster for large photos, slightly different from resizing all of it. Nothing changes where the
-            crop is less than twice `image_size`.
+        dct_scaling: let the decoder halve (or quarter, ...) a JPEG of whose crop at least `SCALING_GAP` times
+            `image_size` pixels are left then: much faster for large photos, hardly different from resizing all of it.
+            Nothing changes where the crop is smaller.
     """
 
     def __init__(
@@ -173,7 +176,7 @@ class TrainTransform:
         left, top, width, height = random_box(*size, self.crop_scale, self.crop_ratio)
         factor = 1
         if self.dct_scaling:
-            factor = max(f for f in FACTORS if f == 1 or f * self.image_size <= min(width, height))
+            factor = max(f for f in FACTORS if f == 1 or f * SCALING_GAP * self.image_size <= min(width, height))
         pixels = picture.pixels(factor)
         across, down = pixels.shape[2] / size[0], pixels.shape[1] / size[1]  # 1 for what was not scaled
         left, width = round(left * across), max(1, round(width * across))
