@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-MEASURED_CODE = ("condconv", "models", "benchmarks/*.py")
+MEASURED_CODE = ("condconv", "models", "data", "benchmarks/*.py")
 MAX_DEATHS = 2
 """So often a row may end the whole process (the kernel does that when memory runs out) before it is given up."""
 

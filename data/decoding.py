@@ -3,7 +3,8 @@
 simplejpeg and Pillow both stand on libjpeg-turbo with its accurate settings, so their pixels are equal bit by bit
 (tested). What simplejpeg does not read (other formats, CMYK, slightly broken files) is left to Pillow, so that which
 images count as readable does not depend on the decoder either. `python -m benchmarks.loader` measures these and others:
-torchvision's decoder is deprecated, OpenCV fills up truncated files in silence, Pillow-SIMD takes Pillow's place.
+torchvision's decoder is deprecated, imagecodecs fills up truncated files in silence, OpenCV turns images by their EXIF
+tags, and Pillow-SIMD is compiled from source in Pillow's place.
 """
 
 import io
