@@ -5,8 +5,8 @@
     python -m benchmarks.loader --photos /imagenet/val --fresh --output outputs     # JPEGs of yours, not generated ones
 
 The plain loader is what most training scripts have: ImageFolder, RandomResizedCrop(224) with its bilinear default, a
-flip, ToTensor, Normalize, DataLoader. Ours crops the same boxes, but resizes by the costlier bicubic filter, and leaves the
-normalisation to the device. Gates: our evaluation crop is timm's pixel by pixel, all decoders give equal batches.
+flip, ToTensor, Normalize, DataLoader. Ours crops the same way, but resizes by the costlier bicubic filter, and leaves
+the normalisation to the device. Gates: our evaluation crop is timm's pixel by pixel, all decoders give equal batches.
 """
 
 from __future__ import annotations
@@ -271,7 +271,7 @@ def main(arguments: list[str] | None = None) -> None:
             return {**measure_decoders(photos[:8], seconds / 3), "data": what}
 
         cases: list[tuple[str, Callable[[], Row]]] = [("decoders", decoding)]
-    cases += [(f"loaders-{count}", partial(loaders, count)) for count in workers]
+        cases += [(f"loaders-{count}", partial(loaders, count)) for count in workers]
         report.run(cases, line)
 
 
