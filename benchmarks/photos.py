@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 QUALITY = 95
 DECAY = 0.89
-"""Of the amplitude from one octave to the next; chosen for the bytes per pixel of photos (COCO's: 110 kB / 500 x 375)."""
+"""Of the amplitude from one octave to the next; chosen for photos' bytes per pixel (COCO's: 110 kB / 500 x 375)."""
 
 
 def scene(seed: int, width: int = 500, height: int = 375) -> Tensor:
