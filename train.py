@@ -14,12 +14,14 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch import nn
 
 from configs.checks import check_train
-from configs.messages import run_as_command, run_job
+from configs.messages import EXIT_REQUEUE, run_as_command, run_job
 from configs.resolvers import register_resolvers
 from configs.results import RunRecord, model_size, recorded
-from configs.runs import adopt_normalization, plain, resumed_config, save_config
-from models.callbacks import SavedConfig, print_training_results
+from configs.resuming import resumed_config
+from configs.runs import LAST, adopt_normalization, newest_good, plain, save_config
+from models.callbacks import LastCheckpoint, SavedConfig, print_training_results
 from models.pretrained import find_weights
+from models.stopping import StopRequests
 
 register_resolvers()
 
@@ -38,10 +40,11 @@ def train(cfg: DictConfig) -> dict[str, float]:
     """
     given = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
     if cfg.resume is not None:
-        cfg = resumed_config(cfg.resume, given)
+        cfg = resumed_config(cfg.resume, given, cfg)
     check_train(cfg)
     weights: dict[str, Any] = {}
-    if cfg.resume is None and cfg.pretrained is not None:
+    checkpoint = newest_good(Path(cfg.paths.run) / LAST) if cfg.resume is not None else None
+    if checkpoint is None and cfg.pretrained is not None:
         found = find_weights(cfg.pretrained, cfg.model.name, cfg.condconv.experts, cfg.condconv.init)
         adopt_normalization(cfg, found.normalization)
         # The saved config builds the network without the file, so it must say what the file brought.
@@ -62,12 +65,20 @@ def train(cfg: DictConfig) -> dict[str, float]:
     loggers = [logger for logger in instantiate(cfg.logger, _convert_="all").values() if logger is not None]
     record = RunRecord(Path(cfg.paths.run), cfg.name, given, model_size(net, cfg.data.image_size))
     callbacks.append(SavedConfig(config, record.note))
-    trainer = instantiate(cfg.trainer, _partial_=True)(callbacks=callbacks, logger=loggers)
-    return run(cfg, config, record, trainer, module, datamodule)
+    with StopRequests(EXIT_REQUEUE, cfg.trainer.max_time) as requests:
+        LastCheckpoint.obey(requests, callbacks)  # max_time: Lightning's timer would evaluate in the middle of an epoch
+        trainer = instantiate(cfg.trainer, _partial_=True)(callbacks=callbacks, logger=loggers, max_time=None)
+        return run(cfg, config, record, trainer, module, datamodule, checkpoint)
 
 
 def run(
-    cfg: DictConfig, config: dict[str, Any], record: RunRecord, trainer: pl.Trainer, module: Any, datamodule: Any
+    cfg: DictConfig,
+    config: dict[str, Any],
+    record: RunRecord,
+    trainer: pl.Trainer,
+    module: Any,
+    datamodule: Any,
+    checkpoint: Path | None = None,
 ) -> dict[str, float]:
     """Fit, evaluate the final weights, show the results; loggers end well or badly, but they end."""
     with recorded(record, trainer) as figures:
@@ -76,8 +87,10 @@ def run(
             print(datamodule.describe())
         for logger in trainer.loggers:
             logger.log_hyperparams(config)
-        last = record.folder / "checkpoints" / "last.ckpt"
-        trainer.fit(module, datamodule=datamodule, ckpt_path=last if cfg.resume else None)
+        if cfg.resume is not None and checkpoint is None:
+            print(f"resume: {record.folder} has no checkpoint yet, so training starts from the beginning")
+            (record.folder / "metrics.csv").unlink(missing_ok=True)
+        trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
         measured = dict(trainer.callback_metrics)
         if cfg.test:
             trainer.test(module, datamodule=datamodule, verbose=False)

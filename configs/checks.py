@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,7 @@ def check_writable(folder: Path) -> None:
     """The run's folder can be made and written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
+        probe = folder / f".writable-{socket.gethostname()}-{os.getpid()}"  # several processes may look at once
         probe.touch()
         probe.unlink()
     except OSError as error:

@@ -25,6 +25,8 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from configs import launch
+
 CONFIGS = Path(__file__).parent
 # What users cause and can repair; any other error is probably ours, so its place is printed too.
 USER_ERRORS = (ValueError, OSError, RuntimeError, ImportError, NotImplementedError, MisconfigurationException)
@@ -33,9 +35,13 @@ NOISE = (
     ".*treespec, LeafSpec.*",
     ".*does not have many workers.*",
     ".*Checkpoint directory .* exists and is not empty.*",
+    ".*resuming from a checkpoint that ended before the epoch ended.*",
     ".*The number of training batches .* is smaller than the logging interval.*",
 )
 TRACEBACK = "CONDCONV_TRACEBACK"
+# train.py's exit code when a signal or trainer.max_time stopped it after saving: start it again with resume=. It is
+# EX_TEMPFAIL of sysexits.h, "try again later"; 1 is a failure, 130 Ctrl-C.
+EXIT_REQUEUE = 75
 
 
 class UserError(ValueError):
@@ -131,6 +137,7 @@ def run_as_command(main: Callable[[], None], config_name: str) -> None:
     # Hydra prints tracebacks of its own unless told to pass exceptions on; processes started from here inherit our
     # switch, not that one.
     before = dict(os.environ)
+    launch.begin()
     for noise in NOISE:
         warnings.filterwarnings("ignore", message=noise)
     os.environ.setdefault(TRACEBACK, before.get("HYDRA_FULL_ERROR", "0"))

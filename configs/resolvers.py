@@ -3,6 +3,7 @@
 - ``${calc:"0.016 * ${batch_size} / 256"}`` is arithmetic on numbers: + - * / // and brackets, nothing else.
 - ``${first:a,b}`` is the first value that is not null.
 - ``${gpu_count:}`` is the number of visible GPUs, at least 1, so that a config of a GPU machine composes anywhere.
+- ``${run_stem:}``, ``${slurm_nodes:}`` and ``${slurm_processes_per_node:}``: see configs/launch.py.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+
+from configs import launch
 
 OPERATORS: dict[type[ast.operator], Callable[[float, float], float]] = {
     ast.Add: operator.add,
@@ -56,5 +59,13 @@ def first(*values: Any) -> Any:
 
 def register_resolvers() -> None:
     """Make the resolvers known to OmegaConf; calling it again changes nothing."""
-    for name, function in (("calc", calc), ("first", first), ("gpu_count", gpu_count)):
+    functions = {
+        "calc": calc,
+        "first": first,
+        "gpu_count": gpu_count,
+        "run_stem": launch.run_stem,
+        "slurm_nodes": launch.slurm_nodes,
+        "slurm_processes_per_node": launch.slurm_processes_per_node,
+    }
+    for name, function in functions.items():
         OmegaConf.register_new_resolver(name, function, replace=True)

@@ -99,8 +99,12 @@ class RunRecord:
         self.write()
 
     def write(self) -> None:
-        if self.enabled:
+        if not self.enabled:
+            return
+        try:
             write_result(self.folder, self.result)
+        except OSError as error:  # a full disk: the checkpoint's own error says what to do, on all processes
+            print(f"warning: {self.folder / RESULT_FILE}: {error.strerror}", file=sys.stderr)
 
 
 @contextmanager

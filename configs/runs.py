@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Sequence
+import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
+from condconv.files import seal_holds, versions
 from configs.messages import UserError
 
 CONFIG_FILE = "config.yaml"
 CONFIG_KEY = "config"
+LAST = Path("checkpoints") / "last.ckpt"
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -48,15 +50,19 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        candidates = [path / "checkpoints" / "last.ckpt", path / "last.ckpt"]
-        found = next((candidate for candidate in candidates if candidate.is_file()), None)
+        candidates = [path / LAST, path / LAST.name]
+        found = next((good for candidate in candidates if (good := newest_good(candidate))), None)
         if found is None:
             raise UserError(f"There is no checkpoint in the folder {path}: looked for {candidates[0]}.")
         path = found
     if not path.is_file():
         raise UserError(f"There is no checkpoint {path}. {_nearby(path)}")
     try:
+        if seal_holds(path) is False:
+            raise UserError(f"{path} is damaged: its checksum does not match its contents. {_nearby(path, but=path)}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise UserError(
             f"{path} is not a checkpoint of train.py, or it is truncated: torch.load(weights_only=True) fails."
@@ -69,6 +75,22 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if CONFIG_KEY not in checkpoint:
         checkpoint[CONFIG_KEY] = _config_beside(path)
     return checkpoint
+
+
+def newest_good(path: Path) -> Path | None:
+    """The newest undamaged version of a checkpoint (`last.ckpt`, `last-1.ckpt`, ...), with a warning if it is older."""
+    for found in versions(path):
+        if found != path and path.is_file():
+            print(f"warning: {path} is damaged or truncated; going back to the one before, {found}", file=sys.stderr)
+        if _is_good(found):
+            return found
+    return None
+
+
+def _is_good(path: Path) -> bool:
+    """Whether the checksum matches; without one, whether it is a complete archive at all."""
+    holds = seal_holds(path)
+    return zipfile.is_zipfile(path) if holds is None else holds
 
 
 def adopt_normalization(cfg: DictConfig, normalization: str | None) -> None:
@@ -89,31 +111,6 @@ def choose_data(given: DictConfig, saved: DictConfig) -> DictConfig:
     return OmegaConf.merge(saved, changes)
 
 
-def resumed_config(folder: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
-    """The saved config of a run that is to go on, with values such as `trainer.max_epochs=30` changed.
-
-    Raises:
-        UserError: the folder is no run's folder, or an override is not of a value that the config has.
-    """
-    folder = Path(folder).expanduser()
-    saved = folder / CONFIG_FILE
-    if not saved.is_file() or not (folder / "checkpoints" / "last.ckpt").is_file():
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()  # Hydra has just made it
-        raise UserError(f"resume={folder}: not the folder of a run (it needs {CONFIG_FILE} and checkpoints/last.ckpt).")
-    cfg = OmegaConf.create(yaml.safe_load(saved.read_text(encoding="utf-8")))
-    OmegaConf.set_struct(cfg, True)
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
-        key = override.key_or_group
-        if key == "resume":
-            continue
-        if OmegaConf.select(cfg, key) is None or isinstance(OmegaConf.select(cfg, key), DictConfig):
-            raise UserError(f"resume= goes on with the saved config; of {key} only single values can be changed.")
-        OmegaConf.update(cfg, key, override.value())
-    cfg.resume = cfg.paths.run = str(folder.absolute())
-    return cfg
-
-
 def _config_beside(path: Path) -> dict[str, Any]:
     for folder in (path.parent, path.parent.parent):
         if (folder / CONFIG_FILE).is_file():
@@ -123,10 +120,10 @@ def _config_beside(path: Path) -> dict[str, Any]:
     raise UserError(f"{path} holds no config, and there is no {CONFIG_FILE} beside it: was it written by train.py?")
 
 
-def _nearby(path: Path) -> str:
+def _nearby(path: Path, but: Path | None = None) -> str:
     """What there is instead: the checkpoints of the nearest existing folder."""
     folder = next(parent for parent in path.absolute().parents if parent.is_dir())
-    files = [*folder.glob("*.ckpt"), *folder.glob("*/*.ckpt")]
+    files = [each for each in [*folder.glob("*.ckpt"), *folder.glob("*/*.ckpt")] if each != but]
     found = sorted(files, key=lambda file: file.stat().st_mtime, reverse=True)[:3]
     if found:
         return f"Newest in {folder}: {', '.join(str(file) for file in found)}."

@@ -7,7 +7,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from data.sampling import EpochSampler, ImageDataset, ImageLoader
+from data.sampling import EpochSampler, ImageDataset, ImageLoader, ShareSampler, leave_signals_to_trainer
 from data.transforms import Normalize
 
 SMALLEST_IMAGE = 32
@@ -64,6 +64,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.seed = seed
         self.train_set: ImageDataset | None = None
         self.val_set: ImageDataset | None = None
+        self._next_epoch, self._next_batch = 0, 0
 
     def load(self, train: bool) -> ImageDataset:
         """The training set (with augmentation) or the evaluation set (without)."""
@@ -96,10 +97,15 @@ class ImageDataModule(pl.LightningDataModule):
         """The one place where loaders are made."""
         workers = self._workers()
         rank, world_size = self._process()
-        sampler = None
+        sampler: EpochSampler | ShareSampler
         if train:
             options = {"seed": self.seed, "rank": rank, "world_size": world_size}
             sampler = EpochSampler(len(dataset), blocks=dataset.blocks, **options)
+            sampler.resume_at(self._next_epoch, self._next_batch * self.batch_size_per_device)
+        else:
+            if len(dataset) < world_size:
+                raise ValueError(f"{self.name}: {world_size} processes cannot share {len(dataset)} evaluation images")
+            sampler = ShareSampler(len(dataset), rank=rank, world_size=world_size)
         return ImageLoader(
             dataset,
             batch_size=self.batch_size_per_device if train else self.eval_batch_size_per_device,
@@ -109,10 +115,15 @@ class ImageDataModule(pl.LightningDataModule):
             num_workers=workers,
             persistent_workers=workers > 0,
             prefetch_factor=4 if workers > 0 else None,
+            worker_init_fn=leave_signals_to_trainer,
             pin_memory=torch.cuda.is_available(),
             # Seeds the workers (python, numpy and torch) without drawing from the global generator.
             generator=torch.Generator().manual_seed(self.seed),
         )
+
+    def resume_at(self, epoch: int, batch: int) -> None:
+        """The training loader made next begins with this batch of this epoch (both from 0)."""
+        self._next_epoch, self._next_batch = epoch, batch
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """Normalises on the device: uint8 or float images on 0..255 -> float, `[N, 3, H, W]`; labels untouched."""

@@ -6,13 +6,14 @@ uninterrupted run would have seen.
 """
 
 import hashlib
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 Key = int | tuple[int, int]
 Batch = tuple[Tensor, Tensor]
@@ -73,9 +74,20 @@ class EpochSampler(DistributedSampler[int]):
         super().__init__(range(num_examples), world_size, rank, shuffle=True, seed=seed, drop_last=True)  # type: ignore[arg-type]
         self.blocks = blocks
         self.blocks_together = blocks_together
+        self._resumed = (0, 0)
+
+    def resume_at(self, epoch: int, num_examples: int) -> None:
+        """Begin with `epoch` and leave out its first `num_examples`, which were used before; later epochs are whole.
+
+        The length stays that of a whole epoch. Set before iterating: workers begin to fetch at once.
+        """
+        self.set_epoch(epoch)
+        self._resumed = (epoch, num_examples)
 
     def __iter__(self) -> Iterator[Any]:  # a supertype of int, which Sampler promises, and of our keys
-        for index in self.order()[self.rank : self.total_size : self.num_replicas]:
+        epoch, done = self._resumed
+        share = self.order()[self.rank : self.total_size : self.num_replicas]
+        for index in share[done if epoch == self.epoch else 0 :]:
             yield self.epoch, index
 
     def order(self) -> list[int]:
@@ -91,6 +103,19 @@ class EpochSampler(DistributedSampler[int]):
             examples = torch.cat([torch.arange(ends[block] - self.blocks[block], ends[block]) for block in group])
             order += examples[torch.randperm(len(examples), generator=generator)].tolist()
         return order
+
+
+class ShareSampler(Sampler[int]):
+    """Every world-size-th example in order, without padding: processes evaluate each example exactly once together."""
+
+    def __init__(self, num_examples: int, *, rank: int, world_size: int) -> None:
+        self.share = range(rank, num_examples, world_size)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.share)
+
+    def __len__(self) -> int:
+        return len(self.share)
 
 
 class ImageDataset(Dataset[Any]):
@@ -123,3 +148,13 @@ class ImageLoader(DataLoader[Any]):
             self.dataset.check()
             if batch is not None:
                 yield batch
+
+
+def leave_signals_to_trainer(worker: int) -> None:
+    """For loading processes: a scheduler or a terminal sends its signals to them too, and they are still needed.
+
+    The training process ends them when it ends, and they end by themselves when it is gone.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import os
 import socket
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,27 @@ class MetricsCsv(Logger):
             self._write()
         self._row = {"step": step, **self._row, **values}
 
+    @rank_zero_only
+    def checkpoint_state(self) -> dict[str, Any]:
+        """How far the file has come, for a checkpoint: the rows in it, its columns, and the row not yet written."""
+        rows = 0
+        if self.path.exists():
+            with self.path.open("rb+") as file:
+                os.fsync(file.fileno())
+            rows = len(self._read())
+        row = {key: value.item() if hasattr(value, "item") else value for key, value in self._row.items()}
+        return {"rows": rows, "columns": list(self._columns), "row": row}
+
+    @rank_zero_only
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go back to `checkpoint_state`: what was logged after it will be logged again."""
+        self._columns, self._row = list(state["columns"]), dict(state["row"])
+        kept = self._read()[: state["rows"]] if self.path.exists() else []
+        if self._columns:
+            self._rewrite([{key: row.get(key, "") for key in self._columns} for row in kept])
+        else:
+            self.path.unlink(missing_ok=True)
+
     def save(self) -> None:
         """Nothing: Lightning calls this after every `log_metrics`, and a step's metrics come in several calls."""
 
@@ -74,11 +96,15 @@ class MetricsCsv(Logger):
             csv.DictWriter(file, self._columns).writerow(row)
 
     def _add_columns(self, new: list[str]) -> None:
-        rows: list[dict[str, str]] = []
-        if self.path.exists():
-            with self.path.open(newline="", encoding="utf-8") as file:
-                rows = list(csv.DictReader(file))
+        rows = self._read() if self.path.exists() else []
         self._columns = [*self._columns, *new]
+        self._rewrite(rows)
+
+    def _read(self) -> list[dict[str, str]]:
+        with self.path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         unfinished = self.path.with_suffix(".csv.tmp")
         with unfinished.open("w", newline="", encoding="utf-8") as file:
@@ -89,7 +115,12 @@ class MetricsCsv(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        self._write()
+        try:
+            self._write()
+        except OSError as error:
+            if status == "success":
+                raise
+            print(f"warning: {self.path}: {error.strerror}", file=sys.stderr)  # the training's own error is the news
 
 
 class WandbRun(WandbLogger):
@@ -178,6 +209,12 @@ class WandbRun(WandbLogger):
         if run is None:
             return "not started"
         return str(Path(run.dir).parent) if run.offline else str(run.url)
+
+    @rank_zero_only
+    def mark_preempted(self) -> None:
+        """Tell W&B that the run was stopped from outside and will go on: it becomes "preempted", not "crashed"."""
+        if self._experiment is not None:
+            self._experiment.mark_preempting()
 
     @rank_zero_only
     def finish(self, exit_code: int = 0) -> None:

@@ -1,14 +1,21 @@
 """Lightning callbacks: what is shown, measured and saved around the training of a network."""
 
 from models.callbacks.detections import DetectionFiles, evaluation_files
+from models.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from models.callbacks.display import ModelTable, model_figures, print_results, print_training_results, progress_bar
+from models.callbacks.divergence import FiniteLoss
+from models.callbacks.resuming import ExactResume
 from models.callbacks.routing import RoutingStatistics
 from models.callbacks.saving import SavedConfig
 from models.callbacks.throughput import EvaluationSpeed, Throughput
 
 __all__ = [
     "DetectionFiles",
+    "BestCheckpoint",
     "EvaluationSpeed",
+    "ExactResume",
+    "FiniteLoss",
+    "LastCheckpoint",
     "ModelTable",
     "RoutingStatistics",
     "SavedConfig",

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from condconv.complexity import Complexity, complexity, readable
+from models.callbacks.checkpoints import LastCheckpoint
 
 
 class ModelTable(Callback):
@@ -35,6 +36,8 @@ class ModelTable(Callback):
             return
         counted = complexity(pl_module.net, self.image_size)
         print_model(counted, self.title, self.layers)
+        if trainer.ckpt_path is not None:  # a resumed run has logged them
+            return
         for logger in trainer.loggers:
             logger.log_metrics(model_figures(counted), step=trainer.global_step)
 
@@ -95,6 +98,9 @@ class EpochLines(ProgressBar):
     def disable(self) -> None:
         """Nothing to switch off: Lightning calls this on all processes but the first, which print nothing anyway."""
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start_s = time.perf_counter()  # an epoch that is resumed in the middle does not start again
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start_s = time.perf_counter()
 
@@ -136,10 +142,10 @@ def print_training_results(trainer: Trainer, figures: Mapping[str, float], folde
     final = "test" if any(key.startswith("test") for key in figures) else "val"
     rows: dict[str, Any] = {key: value for key, value in figures.items() if key.startswith(final)}
     places: dict[str, Any] = {"run": folder}
-    for saver in (each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)):
-        if saver.monitor is None:
-            places["last checkpoint"] = saver.best_model_path
-        elif saver.best_model_score is not None:
+    for saver in trainer.checkpoint_callbacks:
+        if isinstance(saver, LastCheckpoint):
+            places["last checkpoint"] = saver.path
+        elif isinstance(saver, ModelCheckpoint) and saver.best_model_score is not None:
             rows[f"best {saver.monitor}"] = float(saver.best_model_score)
             places["best checkpoint"] = saver.best_model_path
     rows["trained"] = f"{trainer.current_epoch} epochs, {trainer.global_step} steps, {seconds:.0f} s"

@@ -14,7 +14,8 @@ class Throughput(Callback):
 
     Time runs from the end of one step to the end of the next; data wait is the part before the step begins (fetching
     the batch and moving it to the device). Validation and checkpoints between steps are left out. The first
-    `skip_steps` steps, in which memory is allocated and kernels are chosen, do not count.
+    `skip_steps` steps, in which memory is allocated and kernels are chosen, do not count. A resumed training goes on in
+    the window where it stopped, so that its lines are at the steps of an uninterrupted one.
 
     In evaluation it measures the images per second of the whole loop, `images_per_second` afterwards.
 
@@ -22,6 +23,8 @@ class Throughput(Callback):
         every_n_steps: batches of a window; each window is one line of the log.
         skip_steps: batches left out at the start of a training.
     """
+
+    _STATE = ("seen_steps", "images", "steps", "busy_s", "waited_s")
 
     def __init__(self, every_n_steps: int = 50, skip_steps: int = 3) -> None:
         self.every_n_steps = every_n_steps
@@ -38,6 +41,21 @@ class Throughput(Callback):
         self._steps = 0
         self._busy_s = 0.0
         self._waited_s = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, f"_{name}") for name in self._STATE}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name in self._STATE:
+            setattr(self, f"_{name}", state_dict[name])
+
+    def leave_out(self, seconds: float) -> None:
+        """Do not count this time, in which a checkpoint was written, as part of the step."""
+        if self._mark is not None:
+            self._mark += seconds
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._mark = time.perf_counter()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Between the epochs lie validation and checkpoints; starting the loader's workers is data wait.
