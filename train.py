@@ -17,8 +17,8 @@ from configs.checks import check_train
 from configs.messages import EXIT_REQUEUE, run_as_command, run_job
 from configs.resolvers import register_resolvers
 from configs.results import RunRecord, model_size, recorded
-from configs.resuming import resumed_config
-from configs.runs import LAST, adopt_normalization, newest_good, plain, save_config
+from configs.resuming import checkpoint_to_resume, resumed_config
+from configs.runs import adopt_normalization, plain, save_config
 from models.callbacks import LastCheckpoint, SavedConfig, print_training_results
 from models.pretrained import find_weights
 from models.stopping import StopRequests
@@ -43,7 +43,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
         cfg = resumed_config(cfg.resume, given, cfg)
     check_train(cfg)
     weights: dict[str, Any] = {}
-    checkpoint = newest_good(Path(cfg.paths.run) / LAST) if cfg.resume is not None else None
+    checkpoint = checkpoint_to_resume(cfg.resume)
     if checkpoint is None and cfg.pretrained is not None:
         found = find_weights(cfg.pretrained, cfg.model.name, cfg.condconv.experts, cfg.condconv.init)
         adopt_normalization(cfg, found.normalization)
@@ -60,36 +60,26 @@ def train(cfg: DictConfig) -> dict[str, float]:
     recipe = {key: instantiate(cfg.optim[key], _convert_="all") for key in ("optimizer", "schedule")}
     module = instantiate(cfg.task, _partial_=True)(net, datamodule.num_classes, **recipe)
     module.check_data(datamodule)
-    config = plain(cfg)
     callbacks = [c for c in instantiate(cfg.callbacks, _convert_="all").values() if c is not None]
     loggers = [logger for logger in instantiate(cfg.logger, _convert_="all").values() if logger is not None]
     record = RunRecord(Path(cfg.paths.run), cfg.name, given, model_size(net, cfg.data.image_size))
-    callbacks.append(SavedConfig(config, record.note))
+    callbacks.append(SavedConfig(plain(cfg), record.note))
     with StopRequests(EXIT_REQUEUE, cfg.trainer.max_time) as requests:
         LastCheckpoint.obey(requests, callbacks)  # max_time: Lightning's timer would evaluate in the middle of an epoch
         trainer = instantiate(cfg.trainer, _partial_=True)(callbacks=callbacks, logger=loggers, max_time=None)
-        return run(cfg, config, record, trainer, module, datamodule, checkpoint)
+        return run(cfg, record, trainer, module, datamodule, checkpoint)
 
 
 def run(
-    cfg: DictConfig,
-    config: dict[str, Any],
-    record: RunRecord,
-    trainer: pl.Trainer,
-    module: Any,
-    datamodule: Any,
-    checkpoint: Path | None = None,
+    cfg: DictConfig, record: RunRecord, trainer: pl.Trainer, module: Any, datamodule: Any, checkpoint: Path | None
 ) -> dict[str, float]:
     """Fit, evaluate the final weights, show the results; loggers end well or badly, but they end."""
     with recorded(record, trainer) as figures:
         if trainer.is_global_zero:
-            save_config(config, record.folder)
+            save_config(plain(cfg), record.folder)
             print(datamodule.describe())
         for logger in trainer.loggers:
-            logger.log_hyperparams(config)
-        if cfg.resume is not None and checkpoint is None:
-            print(f"resume: {record.folder} has no checkpoint yet, so training starts from the beginning")
-            (record.folder / "metrics.csv").unlink(missing_ok=True)
+            logger.log_hyperparams(plain(cfg))
         trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
         measured = dict(trainer.callback_metrics)
         if cfg.test:

@@ -81,6 +81,7 @@ def _move_aside(newer: Path, older: Path) -> None:
     except OSError:  # a file system without links
         shutil.copy2(newer, beside)
     os.replace(beside, older)
+    beside.unlink(missing_ok=True)  # renaming onto another name of the same file leaves both
 
 
 def _sync_folder(folder: Path) -> None:

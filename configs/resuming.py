@@ -11,8 +11,9 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
+from condconv.files import versions
 from configs.messages import UserError
-from configs.runs import CONFIG_FILE, plain
+from configs.runs import CONFIG_FILE, LAST, newest_good, plain
 
 # What does not change what is learned, or only how long: everything else needs resume_force=true. Numerics (backend,
 # compile, memory format) may differ in the last bits.
@@ -93,6 +94,26 @@ def resumed_config(folder: str | Path, overrides: Sequence[str] = (), composed: 
     check_changes(saved, plain(cfg), bool(cfg.resume_force), folder)
     cfg.resume = cfg.paths.run = str(folder.absolute())
     return cfg
+
+
+def checkpoint_to_resume(folder: str | Path | None) -> Path | None:
+    """The checkpoint that a resumed run goes on from; None for a new run, and for one that was stopped too early.
+
+    Raises:
+        UserError: there are checkpoints, but all are damaged.
+    """
+    if folder is None:
+        return None
+    found = newest_good(Path(folder) / LAST)
+    if found is None and (damaged := versions(Path(folder) / LAST)):
+        raise UserError(
+            f"resume={folder}: {', '.join(each.name for each in damaged)} are damaged or truncated. "
+            "Restore one of them, or remove them to start this run from the beginning."
+        )
+    if found is None:
+        print(f"resume: {folder} has no checkpoint yet, so training starts from the beginning")
+        (Path(folder) / "metrics.csv").unlink(missing_ok=True)
+    return found
 
 
 def _follow(cfg: DictConfig, old: str, new: str) -> None:

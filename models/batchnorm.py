@@ -145,12 +145,12 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return _activate(self, super().forward(x))
-        x32 = x.float()
-        count = torch.full((1,), x.numel() / x.shape[1], device=x.device)
-        total = _GroupSum.apply(torch.cat([x32.sum((0, 2, 3)), count]), self.process_group)
+        wide = x if x.dtype == torch.float64 else x.float()
+        count = torch.full((1,), x.numel() / x.shape[1], device=x.device, dtype=wide.dtype)
+        total = _GroupSum.apply(torch.cat([wide.sum((0, 2, 3)), count]), self.process_group)
         count = total[-1].detach()
         mean = total[:-1] / count
-        centred = x32 - mean[:, None, None]
+        centred = wide - mean[:, None, None]
         variance = _GroupSum.apply(centred.square().sum((0, 2, 3)), self.process_group) / count
         scale = self.weight * torch.rsqrt(variance + self.eps)
         y = centred * scale[:, None, None] + self.bias[:, None, None]

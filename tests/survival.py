@@ -95,7 +95,7 @@ def _main(
     if ranks > 1:  # as Lightning starts its processes
         os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         rank_zero_only.rank = rank
-        overrides = [*overrides, "trainer.strategy=ddp", f"trainer.devices={ranks}"]
+        overrides = [*overrides, "trainer.accelerator=cpu", "trainer.strategy=ddp", f"trainer.devices={ranks}"]
     code = 0
     try:
         if before is not None:

@@ -1,7 +1,7 @@
 """Lightning callbacks: what is shown, measured and saved around the training of a network."""
 
-from models.callbacks.detections import DetectionFiles, evaluation_files
 from models.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
+from models.callbacks.detections import DetectionFiles, evaluation_files
 from models.callbacks.display import ModelTable, model_figures, print_results, print_training_results, progress_bar
 from models.callbacks.divergence import FiniteLoss
 from models.callbacks.resuming import ExactResume
@@ -10,8 +10,8 @@ from models.callbacks.saving import SavedConfig
 from models.callbacks.throughput import EvaluationSpeed, Throughput
 
 __all__ = [
-    "DetectionFiles",
     "BestCheckpoint",
+    "DetectionFiles",
     "EvaluationSpeed",
     "ExactResume",
     "FiniteLoss",

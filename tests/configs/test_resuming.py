@@ -1,0 +1,119 @@
+"""What may be changed in a run that is resumed, and which checkpoint it goes on from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from condconv.files import save_sealed
+from configs.messages import UserError
+from configs.resuming import checkpoint_to_resume, resumed_config
+from configs.runs import load_checkpoint, plain, save_config
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ("model=mobilenet_v1", "model.width=0.25", "logger=none")
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return compose("train", overrides=list(overrides))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    run = tmp_path / "run"
+    cfg = composed(*SMALL, f"paths.run={run}")
+    cfg.model.num_classes = 10
+    save_config(plain(cfg), run)
+    return run
+
+
+def resume(folder: Path, *overrides: str) -> DictConfig:
+    return resumed_config(folder, [f"resume={folder}", *overrides], composed(f"resume={folder}", *overrides))
+
+
+def test_harmless_changes_pass_and_are_listed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = ["trainer.max_epochs=50", "data.num_workers=3", "callbacks.last.every_n_minutes=5"]
+    changes += ["trainer.max_time=00:01:00:00", "condconv.backend=mixture"]
+    cfg = resume(folder, *changes)
+    assert cfg.trainer.max_epochs == 50 and cfg.data.num_workers == 3 and cfg.resume == str(folder)
+    said = capsys.readouterr().out
+    assert "resume: trainer.max_epochs: 25 -> 50\n" in said and said.count("resume: ") == len(changes)
+    resume(folder)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "seed=5",
+        "data.batch_size_per_device=32",
+        "optim.lr=0.5",
+        "condconv.experts=3",
+        "trainer.precision=bf16-mixed",
+        "trainer.devices=2",
+        "callbacks.batchnorm.examples=all",
+        "task.label_smoothing=0.0",
+        "data.augment=false",
+    ],
+)
+def test_what_makes_another_training_is_refused_unless_forced(
+    change: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = change.partition("=")[0]
+    with pytest.raises(UserError, match=f"{key}: .* -> .*resume_force=true"):
+        resume(folder, change, "trainer.max_epochs=50")
+    resume(folder, change, "resume_force=true")
+    assert f"resume: {key}: " in capsys.readouterr().out
+
+
+def test_a_whole_command_line_may_be_repeated(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = resume(folder, *SMALL, "trainer.max_epochs=30")
+    assert cfg.trainer.max_epochs == 30 and cfg.model.num_classes == 10 and cfg.paths.run == str(folder)
+    assert capsys.readouterr().out.count("resume: ") == 1
+    with pytest.raises(UserError, match=r"model\.name: mobilenet_v1 -> resnet18; .*resume_force=true"):
+        resume(folder, "model=resnet18", "logger=none")
+    with pytest.raises(UserError, match=r"no value trainer\.max_epoch\."):
+        resumed_config(folder, ["trainer.max_epoch=3"])
+    with pytest.raises(UserError, match=r"not the folder of a run \(it has no config.yaml\)"):
+        resume(folder.parent)
+
+
+def test_a_moved_run_takes_its_paths_along(folder: Path) -> None:
+    moved = folder.rename(folder.parent / "moved")
+    cfg = resume(moved)
+    assert cfg.callbacks.last.dirpath == f"{moved}/checkpoints" and cfg.trainer.default_root_dir == str(moved)
+
+
+def save(path: Path, step: int) -> None:
+    save_sealed({"state_dict": {"w": torch.ones(99)}, "step": step, "config": {}}, path, keep=3)
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    last = folder / "checkpoints" / "last.ckpt"
+    for step in (1, 2, 3):
+        save(last, step)
+    assert checkpoint_to_resume(folder) == last and capsys.readouterr().err == ""
+    data = bytearray(last.read_bytes())
+    data[len(data) // 2] ^= 255
+    last.write_bytes(data)
+    assert checkpoint_to_resume(folder) == last.with_name("last-1.ckpt")
+    assert f"warning: {last} is damaged or truncated" in capsys.readouterr().err
+    assert load_checkpoint(folder)["step"] == 2
+    with pytest.raises(UserError, match=r"damaged: its checksum.*Newest in .*last-1\.ckpt"):
+        load_checkpoint(last)
+    last.with_name("last-1.ckpt").write_bytes(data[:300])  # truncated
+    assert checkpoint_to_resume(folder) == last.with_name("last-2.ckpt")
+    last.unlink()
+    assert checkpoint_to_resume(folder) == last.with_name("last-2.ckpt")
+    last.with_name("last-2.ckpt").unlink()
+    with pytest.raises(UserError, match=r"last-1\.ckpt are damaged or truncated"):
+        checkpoint_to_resume(folder)
+    last.with_name("last-1.ckpt").unlink()
+    (folder / "metrics.csv").write_text("step\n")
+    assert checkpoint_to_resume(folder) is None  # killed before the first: from the beginning
+    assert "no checkpoint yet" in capsys.readouterr().out and not (folder / "metrics.csv").exists()

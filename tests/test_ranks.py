@@ -1,0 +1,138 @@
+"""The same training and the same figures on one, two and three processes (gloo)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from survival import TINY, compose_train, read_metrics, run
+from torch.distributed import is_initialized
+
+from eval import evaluate
+from models.classification import ClassificationModule
+from train import build_network
+
+# No dropout: processes draw their own. SGD: Adam makes large steps of tiny gradients, rounding included. float64: this
+# untrained network normalises 1x1 maps over 12 images, which makes rounding some 10,000 times larger.
+# 359 evaluation images: neither 2 nor 3 divides them.
+SAME = (
+    *(each for each in TINY if "drop" not in each and "limit_val" not in each and "limit_test" not in each),
+    "model.drop_rate=0",
+    "optim=sgd",
+    "optim.lr=0.01",
+    "trainer.precision=64-true",
+    "callbacks.batchnorm.examples=all",
+    "data.eval_batch_size_per_device=50",
+    "trainer.max_epochs=2",
+)
+GLOBAL_BATCH = 12
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    folders = {}
+    for ranks in (1, 2, 3):
+        folder = folders[ranks] = tmp_path_factory.mktemp(f"ranks{ranks}")
+        overrides = [*SAME, f"data.batch_size_per_device={GLOBAL_BATCH // ranks}", f"paths.run={folder}"]
+        codes = run(overrides, folder / "log", ranks, prepare)
+        assert codes == [0] * ranks, "".join((folder / f"log.{rank}.log").read_text() for rank in range(ranks))
+    return folders
+
+
+def prepare(rank: int) -> None:
+    """float64 images for the float64 network; and the training fails if a parameter has no gradient."""
+    original = ClassificationModule.forward
+    ClassificationModule.forward = lambda self, images: original(self, images.double())  # type: ignore[method-assign]
+
+    def check(self: ClassificationModule, optimizer: Any) -> None:
+        assert not is_initialized() or not self.trainer.strategy.model.find_unused_parameters
+        without = [name for name, value in self.named_parameters() if value.grad is None]
+        assert not without, without
+
+    ClassificationModule.on_before_optimizer_step = check  # type: ignore[method-assign]
+
+
+def checkpoint(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_same_weights(ranks: int, trained: dict[int, Path]) -> None:
+    one, several = checkpoint(trained[1]), checkpoint(trained[ranks])
+    assert one["global_step"] == several["global_step"] == 8
+    # How far the weights went says how large a difference is: a wrong order of images or other statistics give 1.
+    start = compose_network()
+    for key, prefix in (("raw", "net."), ("average", "")):
+        wanted, found = (weights(each, key) for each in (one, several))
+        for name, value in wanted.items():
+            if value.is_floating_point() and not name.startswith("metrics"):
+                moved = (value - start[name.removeprefix(prefix)]).norm()
+                assert (found[name] - value).norm() <= 1e-6 * moved + 1e-12 * value.norm(), (key, name)
+    states = [each["optimizer_states"][0]["state"] for each in (one, several)]
+    for index, state in states[0].items():
+        torch.testing.assert_close(states[1][index]["momentum_buffer"], state["momentum_buffer"], rtol=1e-5, atol=1e-9)
+
+
+def weights(saved: dict[str, Any], key: str) -> dict[str, torch.Tensor]:
+    return saved["state_dict"] if key == "raw" else saved["weight_average"]["state_dict"]
+
+
+def compose_network() -> dict[str, torch.Tensor]:
+    cfg = compose_train(*SAME)
+    torch.manual_seed(cfg.seed)
+    return build_network(cfg.model, cfg.condconv, 10).state_dict()
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_every_image_is_evaluated_once(ranks: int, trained: dict[int, Path]) -> None:
+    """Top-1 is a whole number of 359 images, and of the weights that all of them have."""
+    for row in read_metrics(trained[ranks]):
+        for key in ("val/top1", "val_ema/top1", "test/top1", "test/top5"):
+            if row.get(key):
+                hits = float(row[key]) * 359
+                assert abs(hits - round(hits)) < 1e-3, (key, row[key])
+
+
+def evaluating(out: Path, overrides: list[str]) -> Callable[[int], None]:
+    def before(rank: int) -> None:
+        from hydra import compose, initialize_config_dir
+
+        several = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.precision=32-true"]
+        given = [*overrides, *(several if "LOCAL_RANK" in os.environ else ["trainer=cpu"])]
+        with initialize_config_dir(str(Path(__file__).resolve().parents[1] / "configs"), version_base="1.3"):
+            cfg = compose("eval", overrides=given)
+        out.with_suffix(f".{rank}.json").write_text(json.dumps(evaluate(cfg)))
+        os._exit(0)
+
+    return before
+
+
+def test_eval_gives_the_same_figures_on_any_number_of_processes(trained: dict[int, Path], tmp_path: Path) -> None:
+    weights = trained[1] / "checkpoints" / "last.ckpt"
+    figures = {}
+    for ranks in (1, 2, 3):
+        overrides = [f"ckpt={weights}", f"trainer.devices={ranks}", "data.eval_batch_size_per_device=50"]
+        out = tmp_path / str(ranks)
+        codes = run([], tmp_path / f"log{ranks}", ranks, evaluating(out, overrides))
+        assert codes == [0] * ranks, (tmp_path / f"log{ranks}.0.log").read_text()
+        figures[ranks] = [json.loads(out.with_suffix(f".{rank}.json").read_text()) for rank in range(ranks)]
+    wanted = figures[1][0]
+    assert wanted["top1"] == float(read_metrics(trained[1])[-1]["test/top1"])
+    for found in figures[2] + figures[3]:
+        for key in ("top1", "top5", "ema/top1", "ema/top5"):
+            assert found[key] == wanted[key]
+        assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-6)
+
+
+def test_too_few_images_for_the_processes_are_an_error() -> None:
+    from data.digits import DigitsDataModule
+
+    module = DigitsDataModule(batch_size_per_device=4)
+    module._process = lambda: (0, 400)  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="400 processes cannot share 359 evaluation images"):
+        module.val_dataloader()
