@@ -63,7 +63,12 @@ class ClassificationModule(NetworkModule):
             position = (self.current_epoch, batch_idx, self.global_rank)
             images, targets = self.batch_transform(images, labels, self.num_classes, position)
         logits = self(images)
-        loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing)
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        loss = F.cross_entropy(
+            wide,
+            targets.to(wide.dtype) if targets.is_floating_point() else targets,
+            label_smoothing=self.label_smoothing,
+        )
         self.log("train/loss", loss.detach(), on_step=True, on_epoch=False, prog_bar=True, batch_size=len(images))
         if targets is labels:
             self._measure("train", logits.detach(), labels)

