@@ -42,8 +42,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     if cfg.resume is not None:
         cfg = resumed_config(cfg.resume, given, cfg)
     check_train(cfg)
-    weights: dict[str, Any] = {}
-    checkpoint = checkpoint_to_resume(cfg.resume)
+    weights, checkpoint = dict[str, Any](), checkpoint_to_resume(cfg.resume)
     if checkpoint is None and cfg.pretrained is not None:
         found = find_weights(cfg.pretrained, cfg.model.name, cfg.condconv.experts, cfg.condconv.init)
         adopt_normalization(cfg, found.normalization)

@@ -18,7 +18,7 @@ from models.classification import ClassificationModule
 from train import build_network
 
 # No dropout: processes draw their own. SGD: Adam makes large steps of tiny gradients, rounding included. float64: this
-# untrained network normalises 1x1 maps over 12 images: rounding grows some 100 times in each step, less at a small rate.
+# untrained network normalises 1x1 maps over 12 images: rounding grows 100 times in each step, less at a small rate.
 # 359 evaluation images: neither 2 nor 3 divides them.
 SAME = (
     *(each for each in TINY if "drop" not in each and "limit_val" not in each and "limit_test" not in each),
