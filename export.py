@@ -44,9 +44,9 @@ def export(cfg: DictConfig) -> Path:
     check_complete(cfg)
     check_choice("format", cfg.format, list(SUFFIXES))
     check_choice("form", cfg.form, list(FORMS))
-    if cfg.int8 and cfg.format != "onnx":
-        raise UserError(f"int8=true goes with format=onnx, not with format={cfg.format}.")
     weights, trained_on = open_ckpt(cfg.ckpt, cfg.average)
+    if cfg.int8 and (cfg.format != "onnx" or weights.is_detector):
+        raise UserError("int8=true goes with format=onnx, and with classifiers alone.")
     network, card = open_network(weights), weights.card
     assert card is not None  # or it would not have opened
     beside = Path(cfg.ckpt).expanduser()

@@ -1,8 +1,9 @@
 """Whole networks: static, CondConv, and timm's CondConv, in turns in one run; training steps, inference, peak memory.
 
-    python -m benchmarks.networks                       # the issue's rows, every backbone, latency of one image
+    python -m benchmarks.networks                       # all: backbones, detectors, latency of one image
     python -m benchmarks.networks --preset issue3
     python -m benchmarks.networks --preset latency      # the table of benchmarks.latency alone
+    python -m benchmarks.networks --preset detectors    # SSD, the table of benchmarks.detectors alone
     python -m benchmarks.networks --backbones resnet18 --batch-sizes 1 64 --image-size 32
 
 A training step is forward, backward, SGD with momentum and zero_grad. "timm" is its `efficientnet_cc_b0_8e` for
@@ -20,7 +21,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks import gates, network_tables, plots
+from benchmarks import detectors, gates, network_tables, plots
 from benchmarks.contenders import OURS, STATIC, TIMM, Trio
 from benchmarks.network_gates import gate
 from benchmarks.presets import Case, issue3, of_backbones
@@ -113,7 +114,7 @@ def chosen_cases(args: argparse.Namespace) -> list[Case]:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=["all", "issue3", "backbones", "latency"], default="all")
+    parser.add_argument("--preset", choices=["all", "issue3", "backbones", "latency", "detectors"], default="all")
     parser.add_argument("--backbones", nargs="+", choices=list_backbones(), metavar="NAME", help="instead of a preset")
     parser.add_argument("--batch-sizes", nargs="+", type=int, metavar="N", help="1 16 on a CPU, 1 256 on CUDA")
     parser.add_argument("--image-size", type=int)
@@ -132,6 +133,9 @@ def main(arguments: list[str] | None = None) -> None:
     if args.preset == "latency":
         latency_table(args)
         return
+    if args.preset == "detectors":
+        detector_table(args)
+        return
     gates.exact_float32()
     report = Report("networks", args.device, output_folder(args), network_tables.render, args.fresh)
     networks = Networks()
@@ -144,8 +148,17 @@ def main(arguments: list[str] | None = None) -> None:
     for name, groups in network_tables.plotted(report.rows).items():
         plots.bars(report.path.with_name(f"{report.path.stem}-{name.replace(' ', '-')}.svg"), name, groups)
     print(report.path.with_suffix(".md"))
+    if args.preset == "all" and not custom and not args.quick:
+        detector_table(args)
     if args.preset == "all" and not custom and not args.quick and args.device == "cpu":
         latency_table(args)
+
+
+def detector_table(args: argparse.Namespace) -> None:
+    """SSD, static against CondConv: a table of its own, benchmarks.detectors."""
+    widths, size, seconds = ([0.25], 64, 0.2) if args.quick else ([0.5, 0.75, 1.0], args.image_size or 300, 30.0)
+    batch = args.batch_sizes[0] if args.batch_sizes else 2 if args.quick else 8
+    detectors.table(widths, args.experts, size, batch, args.device, seconds, output_folder(args), args.fresh)
 
 
 def latency_table(args: argparse.Namespace) -> None:

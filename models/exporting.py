@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from condconv.export import export_form
+from models.detector_export import OUTPUTS, DetectorFunction, ReferenceFunction, detection_difference
+from models.ssd_network import SSD
 from models.weights import CARD_KEY, Card
 
 BATCHES = (1, 2, 5, 33)
@@ -22,6 +25,7 @@ TOLERANCE = 1e-4
 OPSET = 20
 INPUT = "images"
 Run = Callable[[Tensor], Sequence[Tensor]]
+Difference = Callable[[Sequence[Tensor], Sequence[Tensor]], float]
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,8 @@ def export_onnx(
     """Write an ONNX file whose batch (and size, if asked for) is dynamic, and run it back in ONNX Runtime.
 
     Args:
-        network: normalised images float32 `[N, 3, H, W]` -> a tensor, or a tuple of tensors with the batch first.
+        network: normalised images float32 `[N, 3, H, W]` -> a tensor, or a tuple of tensors with the batch first; of a
+            detector `models.detector_export.DetectorFunction` is exported.
         path: of the file, written only if it computes the same.
         image_size: side of the images in pixels.
         card: what the file says about itself, in its metadata.
@@ -65,6 +70,9 @@ def export_onnx(
     Raises:
         RuntimeError: the file computes something else than the network, or the exporter cannot express the network.
     """
+    network, reference, difference, output_names = _functions(network, output_names)
+    if dynamic_size and reference is not network:
+        raise ValueError("a detector's anchors are made for one size: leave dynamic_size=false")
     plain = export_form(network, form).float()
     for library in ("onnxscript", "onnx_ir", "torch.onnx"):  # which list every constant that they merge
         logging.getLogger(library).setLevel(logging.WARNING)
@@ -86,7 +94,7 @@ def export_onnx(
             program.model.metadata_props[CARD_KEY] = json.dumps(card.to_dict())
         program.save(str(unfinished), external_data=False)
         sizes = (image_size, image_size + 32) if dynamic_size else (image_size,)
-        error = compare(onnx_runner(unfinished), network, sizes, str(path))
+        error = compare(onnx_runner(unfinished), reference, sizes, str(path), difference)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -101,6 +109,7 @@ def export_torch(
     Raises:
         RuntimeError: the file computes something else than the network.
     """
+    network, reference, difference, _ = _functions(network, ())
     plain = export_form(network, form).float()
     example = torch.randn(2, 3, image_size, image_size)
     program = torch.export.export(plain, (example,), dynamic_shapes=(_dynamic_shape(False),))
@@ -110,11 +119,23 @@ def export_torch(
         described = {f"{CARD_KEY}.json": json.dumps(card.to_dict())} if card is not None else {}
         torch.export.save(program, str(unfinished), extra_files=described)
         loaded = torch.export.load(str(unfinished)).module()
-        error = compare(lambda images: _tensors(loaded(images)), network, (image_size,), str(path))
+        error = compare(lambda images: _tensors(loaded(images)), reference, (image_size,), str(path), difference)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
     return Exported(path, form, error)
+
+
+def _functions(network: nn.Module, names: Sequence[str]) -> tuple[nn.Module, nn.Module, Difference, Sequence[str]]:
+    """What is exported, what it must equal, how that is measured, and the names of the outputs."""
+    if not isinstance(network, SSD):
+        return network, network, _largest_difference, names
+    threshold = network.suppression.iou_threshold
+    return DetectorFunction(network), ReferenceFunction(network), partial(_detections_differ, threshold), OUTPUTS
+
+
+def _detections_differ(threshold: float, outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
+    return detection_difference(outputs, reference, threshold)
 
 
 def _dynamic_shape(dynamic_size: bool) -> dict[int, Any]:
@@ -140,7 +161,9 @@ def onnx_runner(path: Path, threads: int = 0) -> Run:
 
 
 @torch.no_grad()
-def compare(run: Run, network: nn.Module, sizes: Sequence[int], name: str) -> float:
+def compare(
+    run: Run, network: nn.Module, sizes: Sequence[int], name: str, difference: Difference | None = None
+) -> float:
     """Run `network` and its exported form on the same random images; returns the largest difference.
 
     Raises:
@@ -155,8 +178,7 @@ def compare(run: Run, network: nn.Module, sizes: Sequence[int], name: str) -> fl
             for batch in BATCHES:
                 images = torch.randn(batch, 3, size, size, generator=generator)
                 expected = _tensors(network(images))
-                for output, reference in zip(run(images), expected, strict=True):
-                    worst = max(worst, _difference(output, reference))
+                worst = max(worst, (difference or _largest_difference)(run(images), expected))
                 if not worst <= TOLERANCE:
                     raise RuntimeError(
                         f"{name} was not written: at batch {batch}, {size} pixels, it differs from the PyTorch network "
@@ -165,6 +187,10 @@ def compare(run: Run, network: nn.Module, sizes: Sequence[int], name: str) -> fl
     finally:
         network.train(training)
     return worst
+
+
+def _largest_difference(outputs: Sequence[Tensor], references: Sequence[Tensor]) -> float:
+    return max(_difference(output, reference) for output, reference in zip(outputs, references, strict=True))
 
 
 def _difference(output: Tensor, reference: Tensor) -> float:

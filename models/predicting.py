@@ -27,6 +27,10 @@ class Prediction:
     routing: dict[str, tuple[float, ...]] | None = None
     error: str = ""
 
+    def __str__(self) -> str:
+        classes = "  ".join(f"{name} {probability:.3f}" for name, probability in self.top)
+        return f"{self.file}: {f'not read: {self.error}' if self.error else classes}"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         if self.error:

@@ -8,12 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from commands import Commands
+from PIL import Image
+
+import export as export_module
+import predict as predict_module
+from configs.messages import run_as_command
+from models.weights import read_weights
 
 TINY = (
     *("model=ssd_mobilenet_v1", "model.width=0.25", "condconv.experts=2", "data.image_size=64", "logger=none"),
     *("data.num_train=8", "data.num_val=6", "data.batch_size_per_device=4", "trainer.max_epochs=1"),
 )
+
+
+def call(main: Any, name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr("sys.argv", [f"{name}.py", *arguments])
+    run_as_command(main, name)
 
 
 @pytest.fixture
@@ -48,6 +60,31 @@ def test_train_then_eval(commands: Commands, tmp_path: Path) -> None:
     assert (tmp_path / "elsewhere" / "pictures.png").is_file()
 
 
+def test_export_and_predict(commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert commands.train(*TINY, "model.score_threshold=0", "callbacks.detections=null").code == 0
+    run, images = only_run(tmp_path), tmp_path / "images"
+    images.mkdir()
+    Image.effect_noise((80, 50), 90).convert("RGB").save(images / "one.png")
+    (images / "two.png").write_bytes(b"no image")
+    call(export_module.main, "export", monkeypatch, f"ckpt={run}", f"out={tmp_path / 'net.pt2'}", "format=torch_export")
+    out = f"out={tmp_path / 'found.json'}"
+    drawn = f"pictures={tmp_path / 'drawn'}"
+    call(predict_module.main, "predict", monkeypatch, f"ckpt={run}", f"images={images}", out, drawn, "min_score=0")
+    one, two = json.loads((tmp_path / "found.json").read_text())
+    assert "error" in two and len(one["boxes"]) > 0 and one["routing"]
+    assert max(box["right"] for box in one["boxes"]) <= 80 and max(box["bottom"] for box in one["boxes"]) <= 50
+    # The first box of the exported program, in the picture's own pixels, is that of predict.py.
+    with Image.open(tmp_path / "drawn" / "0001-one.png") as picture:
+        assert picture.width % 80 == 0
+    reader = predict_module.Reader(read_weights(run / "checkpoints" / "last.ckpt").card)
+    program = torch.export.load(str(tmp_path / "net.pt2")).module()
+    boxes, scores, labels = program(reader.both(images / "one.png")[0][None])
+    expected = one["boxes"][0]
+    assert float(scores[0, 0]) == pytest.approx(expected["score"], abs=1e-4)
+    assert str(int(labels[0, 0])) == expected["class"]
+    assert float(boxes[0, 0, 2]) * 80 / 64 == pytest.approx(expected["right"], abs=0.05)
+
+
 def test_a_checkpoint_with_other_classes(commands: Commands, tmp_path: Path) -> None:
     assert commands.train(*TINY).code == 0
     annotations = {
@@ -56,8 +93,6 @@ def test_a_checkpoint_with_other_classes(commands: Commands, tmp_path: Path) -> 
         "categories": [{"id": 1, "name": "cat"}],
     }
     (tmp_path / "coco.json").write_text(json.dumps(annotations))
-    from PIL import Image
-
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     paths = [f"data.{part}_annotations={tmp_path / 'coco.json'}" for part in ("train", "val")]
     paths += [f"data.{part}_images={tmp_path}" for part in ("train", "val")]

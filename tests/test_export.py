@@ -118,7 +118,7 @@ def test_predictions_of_files_and_folders(checkpoint: Path, command: Commands, t
     assert {entry["class"] for entry in rows[0]["top"]} <= {"cat", "dog", "owl"}
     assert len(rows[0]["routing"]) == 24 and all(0 < w < 1 for w in rows[0]["routing"]["blocks.6.0.conv_pwl"])
     net = create_model("efficientnet_b0", 3, 2, pretrained=checkpoint).eval()
-    image = predict_module.reader(read_weights(checkpoint).card)(one)
+    image = predict_module.Reader(read_weights(checkpoint).card).image(one)
     with torch.no_grad():
         expected = net(image[None]).softmax(1).max()
     assert abs(rows[1]["top"][0]["probability"] - float(expected)) < 1e-5

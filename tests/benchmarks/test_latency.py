@@ -31,6 +31,7 @@ def test_the_benchmark_of_networks_makes_the_table_too(tmp_path: Path, monkeypat
     """By itself and at the end of the whole benchmark, not beside a selection."""
     monkeypatch.setattr(latency, "measure", fake)
     monkeypatch.setattr(networks, "chosen_cases", lambda args: [])
+    monkeypatch.setattr(networks, "detector_table", lambda args: None)
     monkeypatch.setattr("sys.argv", ["/somewhere/benchmarks/networks.py", "--preset", "latency"])
     options = ["--device", "cpu", "--output", str(tmp_path)]
     networks.main(["--preset", "latency", "--backbones", "resnet18", *options])
