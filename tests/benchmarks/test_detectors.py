@@ -34,8 +34,8 @@ def test_the_gate_finds_a_wrong_layer(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_table() -> None:
     times = {mode: {"static": {"median_ms": 10.0}, "CondConv": {"median_ms": 12.0}} for mode in MODES}
     over = {mode: {"ratio": 1.2, "min": 1.1, "max": 1.3} for mode in MODES}
-    row: dict[str, Any] = {"id": "a", "width": 0.5, "experts": 8, "image_size": 300, "batch": 8}
-    text = render([{**row, "times": times, "over": over, "origin": 0}, {"id": "b", "error": "out of memory"}])
+    row: dict[str, Any] = {"id": "a", "origin": 0, "width": 0.5, "experts": 8, "image_size": 300, "batch": 8}
+    text = render([{**row, "times": times, "over": over}, {"id": "b", "origin": 0, "error": "out of memory"}])
     assert "| width 0.5, E=8, 300 px | training step, batch 8 | 10.0 | 12.0 | 1.20 (1.10 to 1.30) |" in text
     assert "| b | out of memory |" in text
 
