@@ -77,7 +77,7 @@ def measure(backbone: str, experts: int, image_size: int, budget_s: float) -> Ro
 
 def render(rows: list[Row]) -> str:
     """A line for each network, a column for each kind; medians in milliseconds."""
-    lines = ["Milliseconds for one image (median).", "", f"| network | | {' | '.join(KINDS)} |"]
+    lines = ["", "Milliseconds for one image (median).", "", f"| network | | {' | '.join(KINDS)} |"]
     lines.append("|---|---|" + "---:|" * len(KINDS))
     for row in rows:
         name = f"{row['backbone']}, {row['image_size']} px{origin_mark(rows, row)}" if "times" in row else row["id"]
@@ -100,7 +100,7 @@ def table(
     def bind(backbone: str) -> tuple[str, Callable[[], Row]]:
         return f"{backbone}-e{experts}-{image_size}px", lambda: measure(backbone, experts, image_size, seconds)
 
-    report.run([bind(backbone) for backbone in backbones], lambda row: "\n".join(render([row]).splitlines()[4:]))
+    report.run([bind(backbone) for backbone in backbones], lambda row: "\n".join(render([row]).splitlines()[5:]))
     print(report.path.with_suffix(".md"))
     return report
 
