@@ -12,6 +12,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from data import scenes as module
+from data.coco import CocoDataModule
 from data.digit_scenes import DigitScenesDataModule, coco_form, main, make_style
 from data.digits import digits_of_part
 from data.scenes import SceneStyle, _covered, compose_scene
@@ -123,6 +124,12 @@ def test_written_scenes_are_a_coco_data_set(tmp_path: Path, capsys: pytest.Captu
         for number, image in coco.imgs.items():
             pixels = np.asarray(Image.open(folder / f"{part}2017" / image["file_name"]))
             assert np.array_equal(pixels, scene_set.scene((0, number - 1)).image)
+    read = CocoDataModule(root=str(folder), image_size=96, augment="none", num_workers=0)
+    for train in (True, False):
+        for index in range(2):
+            (image, target), (expected, truth) = read.load(train)[index], made.load(train)[index]
+            assert torch.equal(image, expected) and torch.equal(target["boxes"], truth["boxes"])
+            assert torch.equal(target["labels"], truth["labels"]) and target["image_id"] == truth["image_id"]
     with pytest.raises(SystemExit) as stopped:
         main(["--out", str(folder)])
     assert stopped.value.code == 2 and "not an empty folder" in capsys.readouterr().err
