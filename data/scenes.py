@@ -38,13 +38,13 @@ class SceneStyle:
         noise: largest standard deviation (0..255) of the pixel noise.
     """
 
-    max_digits: int = 8
+    max_digits: int = 6
     empty: float = 0.06
-    size: tuple[float, float] = (0.14, 0.5)
-    overlap: float = 0.3
-    clutter: int = 8
-    contrast: float = 50.0
-    noise: float = 12.0
+    size: tuple[float, float] = (0.2, 0.55)
+    overlap: float = 0.25
+    clutter: int = 5
+    contrast: float = 70.0
+    noise: float = 8.0
 
     def __post_init__(self) -> None:
         if self.max_digits < 1:
