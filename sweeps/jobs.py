@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -212,7 +213,8 @@ def final_figure(result: Mapping[str, Any] | None, metric: str) -> tuple[str, fl
 
 def quoted(path: Path) -> str:
     """A path as the value of an override, whatever signs it holds."""
-    text = str(path).replace("\\", "\\\\").replace("'", "\\'")
+    # Backslashes are themselves, except before a quote.
+    text = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + found[2].replace("'", "\\'"), str(path))
     return f"'{text}'"
 
 

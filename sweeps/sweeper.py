@@ -82,6 +82,7 @@ class Sweep:
             a for a in arguments if not belongs_to_sweep(key_of(a)) and key_of(a).partition(".")[0] not in HARMLESS
         ]
         kind = [a for a in arguments if key_of(a) in ("sweep", "hparams_search") or a.startswith("hydra.sweeper.")]
+        kind = [a for a in kind if not a.startswith(("hydra.sweeper.launcher", "hydra.sweeper.trials"))]
         name = next((a.partition("=")[2] for a in kind if "." not in key_of(a)), "sweep")
         label = f"{name}-{short_hash([*words, *kind])}"
         return Path(self.config.paths.outputs).expanduser().absolute() / "sweeps" / label
