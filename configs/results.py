@@ -131,10 +131,12 @@ def recorded(record: RunRecord, trainer: Any) -> Iterator[dict[str, float]]:
         message = explain(error)
         raise
     finally:
+        record.end(status, figures, message)
         for logger in trainer.loggers:
+            if hasattr(logger, "summarize"):
+                logger.summarize(record.result)
             if hasattr(logger, "finish"):
                 logger.finish(exit_code=int(status != "finished"))
-        record.end(status, figures, message)
 
 
 def read_result(folder: str | Path) -> dict[str, Any] | None:

@@ -19,6 +19,17 @@ from pytorch_lightning.loggers.logger import Logger, rank_zero_experiment
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
+# What W&B's table of runs shows of a metric, where that is not its last value.
+SUMMARIES = {
+    "val/top1": "max,last",
+    "val_ema/top1": "max,last",
+    "val/AP": "max,last",
+    "val/loss": "min,last",
+    "train/loss": "min,last",
+    "speed/images_per_second": "mean,last",
+    "speed/data_wait": "mean,last",
+}
+
 
 class MetricsCsv(Logger):
     """Appends metrics to `<folder>/metrics.csv`, one line per step at which something was logged.
@@ -183,8 +194,8 @@ class WandbRun(WandbLogger):
         (self.folder / self.ID_FILE).write_text(run.id, encoding="utf-8")
         run.define_metric("trainer/global_step")
         run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
-        for metric in ("val/top1", "val_ema/top1"):
-            run.define_metric(metric, step_metric="trainer/global_step", summary="max,last")
+        for metric, kept in SUMMARIES.items():
+            run.define_metric(metric, step_metric="trainer/global_step", summary=kept)
         return run
 
     def _saved_id(self) -> str | None:
@@ -202,6 +213,16 @@ class WandbRun(WandbLogger):
             key: wandb.Histogram(np_histogram=(count.cpu().numpy(), edges[key])) for key, count in counts.items()
         }
         self.experiment.log({**histograms, "trainer/global_step": step})
+
+    @rank_zero_only
+    def summarize(self, result: Mapping[str, Any]) -> None:
+        """Put what result.json says of a run into the table of runs: speed, memory, time, size."""
+        if self._experiment is None:
+            return
+        kept = ("status", "seconds", "images_per_second", "peak_memory_mb", "error")
+        values = {f"result/{key}": result.get(key) for key in kept}
+        values |= {f"model/{key}": value for key, value in (result.get("model") or {}).items()}
+        self._experiment.summary.update({key: value for key, value in values.items() if value is not None})
 
     def place(self) -> str:
         """Where the run can be looked at: its address, or the folder to sync."""

@@ -57,6 +57,7 @@ def make_plan(
     params: Mapping[str, Any] | None = None,
     unless_given: Mapping[str, Any] | None = None,
     variants: Sequence[Sequence[str]] | None = None,
+    keep_variants: bool = False,
     static_twin: bool = False,
 ) -> Plan:
     """Plan a sweep.
@@ -66,7 +67,8 @@ def make_plan(
         params: what is varied, by key: a list, or text as on the command line (`"1,2,3"`, `"range(1,4)"`).
         unless_given: settings that hold unless the command line has the key, the key's group, or an experiment.
         variants: lists of overrides that are alternatives to each other, where a product of values would not do. Given
-            on the command line, any of their keys replaces all of them.
+            on the command line, any of their keys replaces all of them, unless they are to be kept.
+        keep_variants: see there.
         static_twin: for every combination of the rest, add the job with condconv.experts=0, unless it is there.
 
     Raises:
@@ -75,7 +77,7 @@ def make_plan(
     given = [o for o in _parse(arguments) if not belongs_to_sweep(o.key_or_group)]
     given_keys = {override.key_or_group for override in given}
     rows = [list(map(str, row)) for row in variants or [[]]]
-    if given_keys & {key_of(override) for row in rows for override in row}:
+    if not keep_variants and given_keys & {key_of(override) for row in rows for override in row}:
         rows = [[]]
     fixed = _default_overrides(unless_given or {}, given_keys)
     axes: dict[str, list[str]] = {}

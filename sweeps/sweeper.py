@@ -6,6 +6,7 @@ import fcntl
 import inspect
 import json
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -40,8 +41,9 @@ class Sweep:
     Args:
         hydra_context, task_function, config: as Hydra gives them to a sweeper.
         launcher: `kind` and the options of `sweeps.launchers.make_launcher`.
-        params, unless_given, variants, static_twin: see `sweeps.plan.make_plan`.
-        generator: a function that returns `variants`, by its dotted name; see `sweeps.iso`.
+        params, unless_given, variants, keep_variants, static_twin: see `sweeps.plan.make_plan`.
+        generator: a function that returns `variants`, by its dotted name; see `sweeps.generators`.
+        list_only: print the jobs, run none.
     """
 
     def __init__(
@@ -54,8 +56,10 @@ class Sweep:
         params: Mapping[str, Any] | None = None,
         unless_given: Mapping[str, Any] | None = None,
         variants: Sequence[Sequence[str]] | None = None,
+        keep_variants: bool = False,
         static_twin: bool = False,
         generator: str | None = None,
+        list_only: bool = False,
         **others: Any,
     ) -> None:
         self.context = hydra_context
@@ -65,7 +69,9 @@ class Sweep:
         self.params = dict(params or {})
         self.unless_given = dict(unless_given or {})
         self.variants = [list(variant) for variant in variants or ()]
+        self.keep_variants = keep_variants
         self.static_twin = static_twin
+        self.list_only = list_only
         self.generator = generator
         self.launcher = make_launcher(**{str(key): value for key, value in (launcher or {}).items()})
         self.metric = "val/top1"
@@ -88,8 +94,14 @@ class Sweep:
         return Path(self.config.paths.outputs).expanduser().absolute() / "sweeps" / label
 
     def compose(self, overrides: Sequence[str]) -> DictConfig:
-        """The config of a job; an impossible one raises before anything is started."""
-        return self.context.config_loader.load_sweep_config(self.config, list(overrides))
+        """The config of a job; an impossible one raises before anything is started.
+
+        The sweep's own groups are composed too: Hydra repeats all `hydra.` overrides, which may be of their settings.
+        """
+        groups = [o for o in self.config.hydra.overrides.task if key_of(o) in ("sweep", "hparams_search", "launcher")]
+        cfg = self.context.config_loader.load_sweep_config(self.config, [*groups, *overrides])
+        cfg.hydra.overrides.task = list(overrides)
+        return cfg
 
     def job_run(self, plan: Plan, job: Job, folder: Path) -> JobRun:
         """A job with its folder and all its overrides, its name, W&B group and tags among them."""
@@ -162,6 +174,10 @@ class GridSweep(Sweep):
         folder = self.folder(arguments)
         plan = self.plan(arguments)
         runs = [self.job_run(plan, job, folder) for job in plan.jobs]
+        if self.list_only:
+            for run in runs:
+                print(f"{run.name:<40} {state_on_disk(run.folder):<10} python train.py {shlex.join(run.overrides)}")
+            return runs
         folder.mkdir(parents=True, exist_ok=True)
         with only_one(folder) as lock:
             self.launcher.keep_open = (lock,)
@@ -185,7 +201,7 @@ class GridSweep(Sweep):
         if self.generator is not None:
             first = make_plan(arguments, **options)
             variants = find_generator(self.generator)(self.compose(first.command_line(first.jobs[-1])))
-        return make_plan(arguments, variants=variants, **options)
+        return make_plan(arguments, variants=variants, keep_variants=self.keep_variants, **options)
 
     def skip(self, run: JobRun) -> bool:
         """Whether a job stays as it is: finished, or failed and not to be retried."""

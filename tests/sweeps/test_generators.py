@@ -22,7 +22,12 @@ def config(*overrides: str) -> Any:
         return compose("train", overrides=["model=mobilenet_v1", "model.width=0.25", *overrides])
 
 
-@pytest.mark.parametrize("name", list_backbones())
+FAST = ("mobilenet_v1", "resnet18")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in list_backbones()]
+)
 def test_depths_and_placements_are_possible_for_every_backbone(name: str) -> None:
     cfg = config(f"model={name}", "model.width=1.0")
     variants = depth(cfg)
@@ -46,7 +51,7 @@ def test_the_nearest_width_is_found(what: str) -> None:
     found = match(cfg, "width", what, wanted)
     assert found is not None
     width, counted = found
-    by_hand = [complexity(create_model("mobilenet_v1", 10, experts=0, width=w / 50), 32) for w in range(10, 50)]
+    by_hand = [complexity(create_model("mobilenet_v1", 10, experts=0, width=w / 50), 32) for w in range(14, 36)]
     best = min(abs(getattr(each, what) - wanted) for each in by_hand)
     assert abs(getattr(counted, what) - wanted) <= best
     built = complexity(create_model("mobilenet_v1", 10, experts=0, width=width), 32)
@@ -54,11 +59,11 @@ def test_the_nearest_width_is_found(what: str) -> None:
 
 
 def test_equal_networks_are_listed_once_and_said(capsys: pytest.CaptureFixture[str]) -> None:
-    # One expert: the same size as the static twin but for the routers, so nothing wider is nearer.
+    # One expert: the same size as the static twin but for one router, so hardly anything wider or deeper is nearer.
     variants = iso(config("condconv.experts=1", "condconv.placement=classifier"))
-    assert variants == [["condconv.experts=1"], ["condconv.experts=0"]]
+    assert variants == [["condconv.experts=1"], ["condconv.experts=0"], ["condconv.experts=0", "model.width=0.254"]]
     out = capsys.readouterr().out
-    assert out.count("left out") == 4 and "CondConv (1 experts)" in out
+    assert out.count("left out") == 3 and "CondConv (1 experts)" in out
 
 
 def test_a_network_without_multiplier_is_said(capsys: pytest.CaptureFixture[str]) -> None:

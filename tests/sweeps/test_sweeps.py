@@ -30,49 +30,50 @@ TINY = (
     "logger=none",
     "launcher=in_process",
 )
-# The names of the jobs of each sweep at that size.
+# Each sweep: what is added at that size, all its jobs, and what the fast tests run of it.
 JOBS = {
-    "experts": ("condconv.experts=0,1,2", "experts-0_seed-1 experts-1_seed-1 experts-2_seed-1"),
+    "experts": ("condconv.experts=0,1,2", "experts-0 experts-1 experts-2", ""),
     "width_x_experts": (
         "condconv.experts=2 model.width=0.25,0.5",
-        "experts-0_width-0.25_seed-1 experts-2_width-0.25_seed-1 experts-0_width-0.5_seed-1 experts-2_width-0.5_seed-1",
+        "experts-0_width-0.25 experts-2_width-0.25 experts-0_width-0.5 experts-2_width-0.5",
+        "model.width=0.25",
     ),
     "routing": (
         "condconv.experts=2",
-        "experts-0_seed-1 routing-fc_seed-1 routing-single_seed-1 routing-partially_shared_seed-1 "
-        "routing-hidden_small_seed-1 routing-hidden_medium_seed-1 routing-hidden_large_seed-1 "
-        "routing-hierarchical_seed-1 routing-softmax_seed-1",
+        "experts-0 routing-fc routing-single routing-partially_shared routing-hidden_small routing-hidden_medium "
+        "routing-hidden_large routing-hierarchical routing-softmax",
+        "condconv.routing=single,hierarchical",
     ),
     "depth": (
         "condconv.experts=2",
-        "experts-0_seed-1 from_block-1_seed-1 from_block-3_seed-1 from_block-5_seed-1 from_block-7_seed-1 "
-        "from_block-10_seed-1 last_blocks-2_seed-1 last_blocks-1_seed-1 placement-classifier_seed-1",
+        "experts-0 from_block-1 from_block-3 from_block-5 from_block-7 from_block-10 last_blocks-2 last_blocks-1 "
+        "placement-classifier",
+        "condconv.from_block=10",
     ),
     "layer_type": (
         "condconv.experts=2",
-        "experts-0_seed-1 layers-depthwise_classifier-false_seed-1 layers-pointwise_classifier-false_seed-1 "
-        "layers-depthwise+pointwise_classifier-false_seed-1 placement-classifier_seed-1",
+        "experts-0 layers-depthwise_classifier-false layers-pointwise_classifier-false "
+        "layers-depthwise+pointwise_classifier-false placement-classifier",
+        "",
     ),
     "placement": (
         "condconv.experts=2",
-        "experts-0_seed-1 placement-from6_seed-1 placement-all_seed-1 placement-blocks_seed-1 "
-        "placement-classifier_seed-1",
+        "experts-0 placement-from6 placement-all placement-blocks placement-classifier",
+        "condconv.placement=all",
     ),
     "dropout": (
         "condconv.experts=2",
-        "experts-0_seed-1 dropout-0.0_seed-1 dropout-0.1_seed-1 dropout-0.2_seed-1 dropout-0.4_seed-1 "
-        "expert_dropout-0.1_seed-1 expert_dropout-0.2_seed-1 expert_dropout-0.4_seed-1",
+        "experts-0 dropout-0.0 dropout-0.1 dropout-0.2 dropout-0.4 expert_dropout-0.1 expert_dropout-0.2 "
+        "expert_dropout-0.4",
+        "hydra.sweeper.variants=[[condconv.dropout=0.4],[condconv.expert_dropout=0.4]]",
     ),
     "temperature": (
         "condconv.experts=2",
-        "experts-0_seed-1 routing-fc_seed-1 routing-softmax_temperature-0.1_seed-1 "
-        "routing-softmax_temperature-0.3_seed-1 routing-softmax_temperature-1.0_seed-1 "
-        "routing-softmax_temperature-3.0_seed-1 routing-softmax_temperature-10.0_seed-1",
+        "experts-0 routing-fc routing-softmax_temperature-0.1 routing-softmax_temperature-0.3 "
+        "routing-softmax_temperature-1.0 routing-softmax_temperature-3.0 routing-softmax_temperature-10.0",
+        "hydra.sweeper.variants=[[condconv.routing=softmax,condconv.temperature=3.0]]",
     ),
-    "iso": (
-        "condconv.experts=2",
-        "experts-0_seed-1 experts-2_seed-1 experts-0_width-_ experts-0_width-_ experts-0_depth-_ experts-0_depth-_",
-    ),
+    "iso": ("condconv.experts=2", "experts-2 experts-0 experts-0_width experts-0_width experts-0_depth", ""),
 }
 
 
@@ -86,18 +87,48 @@ def test_every_sweep_is_tried() -> None:
     assert sorted(JOBS) == SWEEPS
 
 
+def sweep_overrides(sweep: str, *more: str) -> list[str]:
+    given = {override.partition("=")[0] for override in more}
+    return [f"sweep={sweep}", *(each for each in TINY if each.partition("=")[0] not in given), *more]
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_every_sweep_has_its_jobs(sweep: str, commands: Commands) -> None:
+    """Listed, not run."""
+    more, names, _ = JOBS[sweep]
+    options = sweep_overrides(sweep, *more.split(), "seed=1,2", "hydra.sweeper.list_only=true")
+    code, out, err = commands.train("-m", *options)
+    assert code == 0, err
+    lines = [line.split(maxsplit=2) for line in out.splitlines() if "python train.py" in line]
+    assert all(state == "new" for _, state, _ in lines)
+    found = [re.sub(r"(width|depth)-[\d.]+", r"\1", name) if sweep == "iso" else name for name, _, _ in lines]
+    # Each with both seeds, so each is paired with the static twin of its seed.
+    assert sorted(found) == sorted(f"{name}_seed-{seed}" for name in names.split() for seed in (1, 2))
+    assert not commands.outputs.exists() or not list(commands.outputs.rglob("*.json"))
+    if sweep == "iso":
+        assert "% of the CondConv network's" in out and "static twin" in out
+
+
 @pytest.mark.parametrize("sweep", SWEEPS)
 def test_every_sweep_runs_at_tiny_size(sweep: str, commands: Commands) -> None:
-    more, names = JOBS[sweep]
-    given = {override.partition("=")[0] for override in more.split()}
-    overrides = [override for override in TINY if override.partition("=")[0] not in given]
-    code, out, err = commands.train("-m", f"sweep={sweep}", *overrides, *more.split())
+    more, _, part = JOBS[sweep]
+    run_tiny(sweep, [*(each for each in more.split() if each.partition("=")[0] not in part), *part.split()], commands)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_every_job_of_every_sweep_runs_at_tiny_size(sweep: str, commands: Commands) -> None:
+    more, names, _ = JOBS[sweep]
+    assert len(run_tiny(sweep, more.split(), commands)) == len(names.split())
+
+
+def run_tiny(sweep: str, more: list[str], commands: Commands) -> list[str]:
+    """Run a sweep, check every job against what its overrides say; the names of the jobs."""
+    code, _, err = commands.train("-m", *sweep_overrides(sweep, *more))
     assert code == 0, err
     (folder,) = (commands.outputs / "sweeps").iterdir()
     assert folder.name.startswith(f"{sweep}-")
     jobs = json.loads((folder / "sweep.json").read_text())["jobs"]
-    found = [re.sub(r"(width|depth)-[\d.]+_seed-1", r"\1-_", name) if sweep == "iso" else name for name in jobs]
-    assert sorted(found) == sorted(names.split())
     configs = {}
     for name, own in jobs.items():
         assert state_on_disk(folder / name) == "finished", name
@@ -108,12 +139,11 @@ def test_every_sweep_runs_at_tiny_size(sweep: str, commands: Commands) -> None:
             node = configs[name]
             for part in key.split("."):
                 node = node[part]
-            assert node == value or node == yaml.safe_load(value), override
-    # Each is paired: the same seed, everything else the same.
+            assert node == yaml.safe_load(value.replace(",", ", ")), override
     assert any(config["condconv"]["experts"] == 0 for config in configs.values())
+    assert any(config["condconv"]["experts"] > 0 for config in configs.values())
     assert {config["trainer"]["max_epochs"] for config in configs.values()} == {1}
-    if sweep == "iso":
-        assert "% of the CondConv network's" in out and "static twin" in out
+    return list(jobs)
 
 
 def test_started_again(commands: Commands) -> None:
@@ -156,7 +186,6 @@ def test_mistakes_stop_the_sweep_before_its_first_job(commands: Commands) -> Non
         ("launcher=slurm", "There is no launcher=slurm"),
         ("optim.lr=interval(0,1)", "an interval has no list of values"),
         ("hydra/launcher=submitit", "hydra/launcher"),
-        ("seed=", "seed"),
     ):
         code, _, err = commands.train("-m", *TINY, wrong)
         assert code == 1 and message in err, (wrong, err)
