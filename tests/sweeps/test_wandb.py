@@ -13,6 +13,7 @@ from commands import TINY, Commands
 from hydra import compose, initialize_config_dir
 
 from configs.checks import check_condconv
+from reports.wandb_files import log_records
 from sweeps.jobs import state_on_disk
 from train import register_resolvers
 
@@ -90,18 +91,15 @@ def test_an_agents_command_trains(
 
 def offline_run_has_everything(folder: Path) -> None:
     """History, config and summary, as `wandb sync` reads them."""
-    datastore = pytest.importorskip("wandb.sdk.internal.datastore")
     from wandb.proto import wandb_internal_pb2
 
     (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    store = datastore.DataStore()
-    store.open_for_scan(str(path))
     history: set[str] = set()
     config: dict[str, str] = {}
     summary: dict[str, str] = {}
     metrics: dict[str, Any] = {}
     ended = False
-    while (data := store.scan_data()) is not None:
+    for data in log_records(path.read_bytes()):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
         history |= {item.key or "/".join(item.nested_key) for item in record.history.item}
