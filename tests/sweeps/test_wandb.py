@@ -82,7 +82,9 @@ def test_an_agents_command_trains(
     config = yaml.safe_load((ROOT / "configs" / "wandb" / "experts.yaml").read_text())
     command = agent_command(config, {"seed": 1, "condconv.experts": 2})
     tiny = [each for each in TINY if each.partition("=")[0] not in ("logger", "model", "model.width")]
-    code, _, err = Commands(tmp_path / "outputs", monkeypatch, capsys).train(*command[3:], *tiny)
+    code, _, err = Commands(tmp_path / "outputs", monkeypatch, capsys).train(
+        *command[3:], *tiny, "trainer.limit_train_batches=6"
+    )
     assert code == 0, err
     (folder,) = (path.parent for path in tmp_path.rglob("wandb_id"))
     assert (folder / "wandb_id").read_text() == "agent123" and state_on_disk(folder) == "finished"
