@@ -26,6 +26,8 @@ class ClassificationModule(NetworkModule):
         net: images float `[N, 3, H, W]` -> logits `[N, num_classes]`.
         num_classes: at least 2; top-5 is top-`num_classes` where there are fewer than 5.
         optimizer, schedule, channels_last, compile: see `NetworkModule`.
+        activation_checkpointing: keep the activations between blocks only and compute the others again in the backward
+            pass: less memory for a third more work. Running statistics of BatchNorm move twice in each step.
         label_smoothing: of the training loss only; reported validation losses are plain cross entropies.
         batch_transform: changes a training batch on the device, (images, labels, num_classes, position) -> (images,
             labels or class probabilities `[N, num_classes]`): the place for `models.mixing.BatchMixer`. The position
@@ -41,11 +43,16 @@ class ClassificationModule(NetworkModule):
         schedule: Schedule | None = None,
         label_smoothing: float = 0.0,
         channels_last: bool = True,
+        activation_checkpointing: bool = False,
         compile: bool = False,
         batch_transform: Callable[[Tensor, Tensor, int, tuple[int, ...]], Batch] | None = None,
     ) -> None:
         if num_classes < 2:
             raise ValueError(f"Classification needs at least 2 classes, the data has {num_classes}.")
+        if activation_checkpointing:
+            if not hasattr(net, "set_grad_checkpointing"):
+                raise ValueError(f"task.activation_checkpointing: {type(net).__name__} has no blocks to do it with.")
+            net.set_grad_checkpointing(True)
         super().__init__(net, optimizer=optimizer, schedule=schedule, channels_last=channels_last, compile=compile)
         self.num_classes = num_classes
         self.label_smoothing = label_smoothing

@@ -56,7 +56,10 @@ def killed(overrides: list[str], folder: Path, before: Callable[[int], None], ra
 
 
 # Where the last checkpoint can be: in the middle of an epoch, before a validation, between two epochs.
-@pytest.mark.parametrize(("method", "call"), [("training_step", 7), ("validation_step", 3), ("training_step", 5)])
+@pytest.mark.parametrize(
+    ("method", "call"),
+    [("training_step", 7), ("validation_step", 3), pytest.param("training_step", 5, marks=pytest.mark.slow)],
+)
 def test_killed_and_resumed(method: str, call: int, undisturbed: Path, tmp_path: Path) -> None:
     killed([*TINY, BATCH, OFTEN], tmp_path, at_call(method, call, kill))
     assert run([f"resume={tmp_path}"], tmp_path / "log") == [0], said(tmp_path)
@@ -137,6 +140,7 @@ def test_killed_with_other_settings(extra: list[str], tmp_path: Path) -> None:
     assert_same_run(folder, expected)
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_starts_again(undisturbed: Path, tmp_path: Path) -> None:
     killed([*TINY, BATCH, NEVER], tmp_path, at_call("training_step", 2, kill))
     assert run([f"resume={tmp_path}"], tmp_path / "log") == [0], said(tmp_path)
@@ -153,7 +157,7 @@ def send(number: int) -> Callable[[object], None]:
     [
         (signal.SIGTERM, "training_step", 6, EXIT_REQUEUE),
         (signal.SIGUSR1, "validation_step", 1, EXIT_REQUEUE),
-        (signal.SIGINT, "training_step", 4, 130),  # the last step of an epoch
+        pytest.param(signal.SIGINT, "training_step", 4, 130, marks=pytest.mark.slow),  # the last step of an epoch
     ],
 )
 def test_signals_stop_between_steps(
@@ -178,6 +182,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(undisturbed_pair: Pa
     assert_same_run(tmp_path, undisturbed_pair)
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     def twice(module: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -189,8 +194,8 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
 
 
 def test_the_time_limit_stops_and_can_be_resumed(undisturbed: Path, tmp_path: Path) -> None:
-    before = at_call("training_step", 3, lambda module: time.sleep(4))
-    overrides = [*TINY, BATCH, NEVER, "trainer.max_time=00:00:00:04", f"paths.run={tmp_path}"]
+    before = at_call("training_step", 3, lambda module: time.sleep(3))
+    overrides = [*TINY, BATCH, NEVER, "trainer.max_time=00:00:00:03", f"paths.run={tmp_path}"]
     assert run(overrides, tmp_path / "log", before=before) == [EXIT_REQUEUE], said(tmp_path)
     assert "Time limit (trainer.max_time)" in said(tmp_path)
     assert run([f"resume={tmp_path}", "trainer.max_time=null"], tmp_path / "log") == [0], said(tmp_path)
@@ -202,7 +207,7 @@ def poison(module: torch.nn.Module) -> None:
         next(module.net.parameters()).fill_(float("nan"))
 
 
-@pytest.mark.parametrize(("every", "step"), [(1, 6), (50, 6)])
+@pytest.mark.parametrize(("every", "step"), [(50, 6), pytest.param(1, 6, marks=pytest.mark.slow)])
 def test_nan_stops_before_a_good_checkpoint_is_replaced(every: int, step: int, tmp_path: Path) -> None:
     overrides = [*TINY, BATCH, NEVER, f"callbacks.finite.every_n_steps={every}", f"paths.run={tmp_path}"]
     assert run(overrides, tmp_path / "log", before=at_call("training_step", step, poison)) == [1]
@@ -215,6 +220,7 @@ def test_nan_stops_before_a_good_checkpoint_is_replaced(every: int, step: int, t
     assert read_result(tmp_path)["status"] == "failed"
 
 
+@pytest.mark.slow
 def test_nan_on_one_process_stops_all(tmp_path: Path) -> None:
     before = at_call("training_step", 6, poison, rank=1)
     overrides = [*TINY, "data.batch_size_per_device=8", NEVER, f"paths.run={tmp_path}"]
@@ -223,7 +229,7 @@ def test_nan_on_one_process_stops_all(tmp_path: Path) -> None:
         assert "Diverged: The loss is NaN or infinite at step 6" in said(tmp_path, rank)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_full_disk_stops_all_with_the_last_checkpoint_intact(ranks: int, tmp_path: Path) -> None:
     def before(rank: int) -> None:
         original, calls = files.write_whole, 0
@@ -251,3 +257,17 @@ def test_a_full_disk_stops_all_with_the_last_checkpoint_intact(ranks: int, tmp_p
             tmp_path, rank
         )
     assert run([f"resume={tmp_path}"], tmp_path / "log", ranks) == [0] * ranks, said(tmp_path)
+
+
+@pytest.mark.slow
+def test_wandb_ends_cleanly_and_goes_on_with_the_same_run(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    tiny = [each for each in TINY if not each.startswith("logger")]
+    overrides = [*tiny, BATCH, "logger=wandb", "logger.wandb.mode=offline", NEVER, f"paths.run={tmp_path}"]
+    before = at_call("training_step", 6, send(signal.SIGTERM))
+    assert run(overrides, tmp_path / "log", before=before) == [EXIT_REQUEUE], said(tmp_path)
+    name = (tmp_path / "wandb_id").read_text()
+    assert run([f"resume={tmp_path}"], tmp_path / "log") == [0], said(tmp_path)
+    runs = sorted((tmp_path / "wandb").glob("offline-run-*"))
+    assert len(runs) == 2 and all(each.name.endswith(name) for each in runs)
+    assert "Traceback" not in said(tmp_path)

@@ -171,3 +171,29 @@ def test_one_class_is_refused() -> None:
 def test_evaluation_needs_no_optimiser_and_training_says_so() -> None:
     with pytest.raises(ValueError, match="no optimiser"):
         ClassificationModule(Linear(), 7).configure_optimizers()
+
+
+def test_activation_checkpointing_changes_memory_and_not_the_gradients() -> None:
+    gradients, saved = [], []
+    for again in (False, True):
+        torch.manual_seed(3)
+        net = create_model("mobilenet_v1", 10, experts=2, width=0.25)
+        module = ClassificationModule(net, 10, activation_checkpointing=again, channels_last=False)
+        kept = 0
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+
+        x = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = module(x).square().sum()
+        loss.backward()
+        gradients.append({name: p.grad for name, p in net.named_parameters()})
+        saved.append(kept)
+    assert saved[1] < saved[0] / 2
+    for name, value in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], value, msg=lambda text, name=name: f"{name}: {text}")
+    with pytest.raises(ValueError, match="Linear has no blocks"):
+        ClassificationModule(nn.Linear(3, 3), 3, activation_checkpointing=True)
