@@ -38,7 +38,7 @@ def report(arguments: list[str], console: Console) -> Path:
     comparison = compare(runs, first.get("metric"), first.get("baseline"))
     command = shlex.join(["python", "report.py", *arguments])
     title = first.get("title", f"Runs of {roots[0].absolute().name}")
-    commands = [f"python {sweep.command}" for sweep in sweeps if sweep.command]
+    commands = [sweep.command for sweep in sweeps if sweep.command]
     options = Options(out, title, notes, command, first.get("links") != "false", commands)
     written = write_report(comparison, options)
     groups, left = len(comparison.rows), len(comparison.left_out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
@@ -30,14 +31,14 @@ def config_entries(rows: Sequence[Row], paths: bool) -> dict[str, Any]:
     configs = []
     for index, row in enumerate(rows):
         own = {key: value for key, value in row.group.settings.items() if key not in same}
-        commands = dict.fromkeys(run.command for run in row.group.runs if run.command)
+        commands = dict.fromkeys(command_text(run.command, paths) for run in row.group.runs if run.command)
         configs.append(
             {
                 "index": index,
                 "label": row.label,
                 "seeds": ", ".join(show(run.seed) for run in row.group.runs),
                 "text": as_yaml(own, paths) if own else "nothing of its own\n",
-                "commands": "\n".join(command if paths else _program(command) for command in commands),
+                "commands": "\n".join(commands),
             }
         )
     return {"shared": as_yaml(shared, paths), "shared_count": len(shared), "configs": configs}
@@ -66,9 +67,13 @@ def _shorten(value: Any) -> Any:
     return shortened(value)
 
 
-def _program(command: str) -> str:
-    """A command without the folders of the interpreter, the script and its arguments."""
-    words = [
-        PurePath(word).name if word.endswith((".py", "python", "python3")) else word for word in command.split(" ")
-    ]
-    return " ".join(shortened(word) for word in words)
+def command_text(words: Sequence[str], paths: bool) -> str:
+    """A command to type; without `paths`, also without the name and folder that a sweep gave the run."""
+    words = [*words]
+    if words and words[0].endswith(".py"):
+        words.insert(0, "python")
+    if not paths:
+        programs = (".py", "python", "python3")
+        words = [word for word in words if not word.startswith(("name=", "paths.run=", "sweep_dir="))]
+        words = [PurePath(word).name if word.endswith(programs) else shortened(word) for word in words]
+    return shlex.join(words)

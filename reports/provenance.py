@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from reports.comparison import Comparison
-from reports.configs import shortened
+from reports.configs import command_text, shortened
 from reports.groups import show
 from reports.runs import Run
 
@@ -31,7 +31,7 @@ class Options:
     notes: str = ""
     command: str = ""
     links: bool = True
-    sweeps: Sequence[str] = ()
+    sweeps: Sequence[Sequence[str]] = ()
 
 
 def hours(runs: Sequence[Run]) -> float:
@@ -62,7 +62,7 @@ def provenance(comparison: Comparison, options: Options) -> list[tuple[str, str]
     return [
         ("runs", n),
         ("training time", f"{hours(runs):.2f} hours of the runs that count, {hours(left):.2f} of those left out"),
-        *(("sweep", sweep if options.links else shortened(sweep)) for sweep in options.sweeps),
+        *(("sweep", command_text(sweep, options.links)) for sweep in options.sweeps),
         ("ended", f"{ends[0]} to {ends[-1]}" if ends else "not recorded"),
         ("seeds", ", ".join(sorted({show(run.seed) for run in runs})) or "none"),
         ("commits", ", ".join(sorted({commit_of(run) for run in runs})) or "none"),

@@ -10,7 +10,6 @@ import glob
 import json
 import math
 import os
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,10 +86,10 @@ class Run:
         return as_number(value)
 
     @property
-    def command(self) -> str:
-        """As it was typed, or close to it."""
+    def command(self) -> list[str]:
+        """The words of the command line; none if they were not kept."""
         words = self.result.get("command")
-        return shlex.join(str(word) for word in words) if isinstance(words, list) else ""
+        return [str(word) for word in words] if isinstance(words, list) else []
 
 
 def as_number(value: Any) -> float | None:
@@ -146,7 +145,7 @@ class Sweep:
     """A sweep as its `sweep.json` tells it: where, the command, and the jobs by name."""
 
     folder: Path
-    command: str
+    command: list[str]
     jobs: tuple[str, ...]
 
 
@@ -157,7 +156,7 @@ def find_sweeps(roots: Sequence[Path], folders: Sequence[Path]) -> list[Sweep]:
         if (folder / SWEEP).is_file():
             content = _mapping(folder / SWEEP, [], _read_json)
             words, jobs = content.get("command"), content.get("jobs")
-            command = shlex.join(map(str, words)) if isinstance(words, list) else ""
+            command = [str(word) for word in words] if isinstance(words, list) else []
             found.append(Sweep(folder, command, tuple(map(str, jobs)) if isinstance(jobs, dict) else ()))
     return found
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from reports.comparison import Comparison, Row
-from reports.configs import shortened
+from reports.configs import command_text, shortened
 from reports.runs import Run
 from reports.statistics import Difference, Spread
 
@@ -41,7 +41,7 @@ def _run_line(run: Run, label: str, columns: dict[str, Any], paths: bool) -> dic
         **{f"best {name}": value for name, value in sorted(run.best.items())},
         **{key.removeprefix("model."): run.number(key) for key in NUMBERS},
         **facts,
-        "command": _safe(run.command if paths else shortened(run.command)),
+        "command": _safe(command_text(run.command, paths)),
         "problems": _safe("; ".join(run.problems)),
         **({"folder": _safe(str(run.folder))} if paths else {}),
     }

@@ -17,6 +17,7 @@ from rich.console import Console
 from run_folders import write_run, write_sweep
 
 import report as command
+from reports.configs import command_text
 from reports.runs import ReportError
 
 NASTY = "</script><script>document.title='pwned'</script><img src=x onerror=alert(1)>|`*_[x](javascript:1)"
@@ -124,6 +125,9 @@ def test_a_page_to_pass_on_has_no_path_of_this_machine(sweep: Path, tmp_path: Pa
         text = path.read_text()
         assert str(sweep) not in text and str(tmp_path) not in text and "/usr/bin" not in text, path
     assert "python train.py condconv.experts=8 seed=2" in page.read_text()
+    words = ["/a/b/train.py", "data.root=/c/d", "name='x'", "paths.run='/e/f'", "seed=1"]
+    assert command_text(words, paths=False) == "python train.py 'data.root=…/d' seed=1"
+    assert command_text(words[:2], paths=True) == "python /a/b/train.py data.root=/c/d"
 
 
 def test_markdown_escapes_names(sweep: Path, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_jobs_of_a_sweep_without_a_run_are_listed(tmp_path: Path) -> None:
     jobs = {"experts-0_seed-1": ["seed=1"], "experts-0_seed-2": ["seed=2"]}
     (tmp_path / "sweep.json").write_text(json.dumps({"command": ["train.py", "-m", "name='a b'"], "jobs": jobs}))
     (sweep,) = find_sweeps([tmp_path], [run])
-    assert sweep.command == "train.py -m 'name='\"'\"'a b'\"'\"''"
+    assert sweep.command == ["train.py", "-m", "name='a b'"]
     (missing,) = planned(sweep, [run])
     assert missing.name == "experts-0_seed-2" and "not started" in why_not(missing)
     (tmp_path / "sweep.json").write_text("[")
