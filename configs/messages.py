@@ -106,6 +106,7 @@ def known_keys(config_name: str) -> list[str]:
                 yield from walk(child, f"{prefix}{key}.")
 
     groups = [path.name for path in CONFIGS.iterdir() if path.is_dir() and not path.name.startswith("_")]
+    groups.remove("wandb")  # sweeps in W&B's own form
     return [*walk(cfg, ""), *groups]
 
 

@@ -73,11 +73,7 @@ JOBS = {
         "routing-softmax_temperature-1.0 routing-softmax_temperature-3.0 routing-softmax_temperature-10.0",
         "hydra.sweeper.variants=[[condconv.routing=softmax,condconv.temperature=3.0]]",
     ),
-    "iso": (
-        "condconv.experts=2",
-        "experts-2 experts-0 experts-0_width experts-0_width experts-0_depth experts-0_depth",
-        "",
-    ),
+    "iso": ("condconv.experts=1", "experts-1 experts-0 experts-0_width experts-0_depth", ""),
 }
 
 

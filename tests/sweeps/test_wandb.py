@@ -11,6 +11,7 @@ import pytest
 import yaml
 from commands import TINY, Commands
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from configs.checks import check_condconv
 from reports.wandb_files import log_records
@@ -47,19 +48,17 @@ def test_every_command_of_an_agent_composes(path: Path) -> None:
     parameters = config["parameters"]
     for key, parameter in parameters.items():
         assert config["method"] != "grid" or parameter["values"], key
-    # Every value of every parameter once, the others at their first.
-    first = {key: values_of(parameter)[0] for key, parameter in parameters.items()}
+    # Every value of every parameter.
+    lists = {key: values_of(parameter) for key, parameter in parameters.items()}
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        for key, parameter in parameters.items():
-            for value in values_of(parameter):
-                command = agent_command(config, {**first, key: value})
-                assert command[:3] == ["/usr/bin/env", "python", "train.py"]
-                cfg = compose("train", overrides=command[3:])
-                check_condconv(cfg.condconv)
-                found = cfg
-                for part in key.split("."):
-                    found = found[part]
-                assert found == value
+        for i in range(max(map(len, lists.values()))):
+            values = {key: entries[i % len(entries)] for key, entries in lists.items()}
+            command = agent_command(config, values)
+            assert command[:3] == ["/usr/bin/env", "python", "train.py"]
+            cfg = compose("train", overrides=command[3:])
+            check_condconv(cfg.condconv)
+            for key, value in values.items():
+                assert OmegaConf.select(cfg, key) == value
 
 
 def test_sweeps_and_their_wandb_files_vary_the_same() -> None:
