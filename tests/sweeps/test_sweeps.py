@@ -146,6 +146,14 @@ def run_tiny(sweep: str, more: list[str], commands: Commands) -> list[str]:
     return list(jobs)
 
 
+def test_lists_and_text_vary_alike(commands: Commands) -> None:
+    for values in ("[3,4]", "'3,4'", "'range(3,5)'"):
+        options = [each for each in TINY if not each.startswith("seed")]
+        options += [f"+hydra.sweeper.params.seed={values}", "hydra.sweeper.list_only=true"]
+        code, out, err = commands.train("-m", *options)
+        assert code == 0 and [line.split()[0] for line in out.splitlines()] == ["seed-3", "seed-4"], out + err
+
+
 def test_started_again(commands: Commands) -> None:
     """Finished jobs stay, failed ones stay unless asked for, unfinished ones go on; the sweep may grow."""
     overrides = ["-m", *TINY, "condconv.experts=0,2,-3"]
