@@ -59,10 +59,6 @@ class ClassificationModule(NetworkModule):
         self.batch_transform = batch_transform
         self.metrics = nn.ModuleDict({f"{stage}_metrics": _stage_metrics(num_classes) for stage in STAGES})
 
-    def setup(self, stage: str) -> None:
-        if hasattr(getattr(self.trainer, "datamodule", None), "ground_truth"):
-            raise ValueError("Data with boxes needs a detector: model=ssd_mobilenet_v1 or another model=ssd_...")
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch
         targets = labels

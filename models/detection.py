@@ -80,12 +80,6 @@ class DetectionModule(NetworkModule):
         self.results: dict[str, list[Result]] = {}
         self._found: dict[str, dict[int, list[Result]]] = {}
 
-    def setup(self, stage: str) -> None:
-        if not hasattr(self.trainer.datamodule, "ground_truth"):  # type: ignore[attr-defined]
-            raise ValueError(
-                "A detector needs data with boxes: data=digit_scenes, data=coco data.root=..., data=coco_json"
-            )
-
     def losses(self, outputs: tuple[Tensor, Tensor], targets: list[dict[str, Any]]) -> dict[str, Tensor]:
         """`loss`, its parts `loss_class` and `loss_box`, and `matched`, the matched anchors per image."""
         classes, boxes = match(targets, self.net.anchors, self.iou_threshold)

@@ -103,8 +103,8 @@ def test_a_checkpoint_with_other_classes(commands: Commands, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("data=digits",), "needs data with boxes"),
-        (("model=mobilenet_v1", "data=digit_scenes"), "needs a detector"),
+        (("data=digits",), "learns from boxes"),
+        (("model=mobilenet_v1", "data=digit_scenes"), "take model=ssd_mobilenet_v1"),
         (("model.strides=[16,64]",), "maps of strides [2, 4, 8, 16, 32]"),
         (("model.loss=cross_entropy",), "unknown detection loss"),
         (("pretrained=nothing.pth",), "no weights at nothing.pth"),
