@@ -69,10 +69,10 @@ def settings_of(run: Run) -> Settings:
             continue
         if static and key.startswith("condconv.") and key != EXPERTS:
             continue
-        if isinstance(value, str):
-            for known, sign in ((folder, "<run>"), (name, "<name>")):
-                value = value.replace(known, sign) if isinstance(known, str) and known else value
-        settings[key] = value
+        if isinstance(value, str) and isinstance(folder, str) and folder:
+            value = value.replace(folder, "<run>")
+        # Only as a whole: a name may be a word that other values hold too.
+        settings[key] = "<name>" if isinstance(value, str) and value == name and key != "model.name" else value
     return settings
 
 

@@ -79,6 +79,15 @@ def test_twins_agree_in_everything_else(tmp_path: Path) -> None:
     }
 
 
+def test_names_and_folders_of_runs_are_no_settings(tmp_path: Path) -> None:
+    for seed, folder in ((1, "adam"), (2, "w")):  # parts of "adamw" and "width"
+        write_run(tmp_path, 0, seed, folder=folder)
+    found = compared(tmp_path)
+    assert [row.value.n for row in found.rows] == [2]
+    assert found.rows[0].group.settings["optim.optimizer.name"] == "adamw"
+    assert found.rows[0].group.settings["callbacks.checkpoint.dirpath"] == "<run>/checkpoints"
+
+
 def test_derived_settings_do_not_become_columns(tmp_path: Path) -> None:
     for lr in (0.001, 0.002):
         write_run(tmp_path, 0, 1, overrides={"optim.lr": lr})
