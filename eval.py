@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint: `python eval.py ckpt=outputs/.../checkpoints/last.ckpt`; nothing has to be retyped."""
+"""Evaluate a checkpoint: `python eval.py ckpt=outputs/.../last.ckpt`; `analysis=routing` looks closer."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from condconv import compress_experts
-from condconv.complexity import complexity, readable
-from configs.checks import check_eval
-from configs.messages import UserError, run_as_command, run_job
+from condconv.complexity import complexity
+from configs.checks import check_classes, check_eval
+from configs.messages import run_as_command, run_job
 from configs.resolvers import register_resolvers
-from configs.runs import adopt_normalization, choose_data, load_checkpoint, plain
-from models.callbacks import EvaluationSpeed, evaluation_files, print_results
+from configs.runs import adopt_normalization, analysis_folder, choose_data, load_checkpoint, plain
+from models.callbacks import EvaluationSpeed, evaluation_files, print_evaluation
 from models.ema import CHECKPOINT_KEY, averaged_weights
+from models.loggers import finishing
 from models.pretrained import for_evaluation
 from models.weights import weights_of_run
 from train import build_network
@@ -39,17 +40,15 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     data = choose_data(cfg.data, saved.data)
     datamodule = instantiate(data, _convert_="all")
     datamodule.prepare_data()
-    num_classes = saved.model.num_classes or datamodule.num_classes
-    if datamodule.num_classes != num_classes:
-        raise UserError(
-            f"The network of {cfg.ckpt or cfg.pretrained} has {num_classes} classes, the data "
-            f"{datamodule.num_classes}: evaluate it on the data it was trained for, or on a set with the same classes."
-        )
+    num_classes = check_classes(cfg, saved.model.num_classes, datamodule.num_classes)
     if "image_size" in saved.model:  # a detector's anchors are made for it
         saved.model.image_size = datamodule.image_size
     net = build_network(saved.model, saved.condconv, num_classes, **pretrained)
     if cfg.expert_dtype is not None:  # weights that are loaded later are compressed as they come
         compress_experts(net, cfg.expert_dtype)
+    analysis = instantiate(cfg.analysis, _convert_="all") if cfg.analysis.get("_target_") else None
+    if analysis is not None:
+        analysis.check(net)
     task = instantiate(saved.task, _partial_=True, compile=cfg.compile, channels_last=cfg.channels_last)
     module = task(net, num_classes)
     module.check_data(datamodule)
@@ -63,10 +62,13 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
         figures |= {key.replace("test/", prefix): float(value) for key, value in trainer.callback_metrics.items()}
     counted = complexity(net, datamodule.image_size)
     figures |= {"params": counted.params, "madds": counted.madds, "images_per_second": speed.images_per_second}
+    title, device = f"{saved.name} on {datamodule.name}", trainer.strategy.root_device
     if trainer.is_global_zero:
-        shown = {**figures, "params": readable(counted.params), "madds": readable(counted.madds)}
-        shown["images_per_second"] = f"{speed.images_per_second:.0f} ({trainer.strategy.root_device})"
-        print_results(f"{saved.name} on {datamodule.name}", shown, {"files": files[0].folder} if files else {})
+        print_evaluation(title, figures, device, {"files": files[0].folder} if files else {})
+    if analysis is not None:  # of the weights evaluated last
+        cfg.paths.run, cfg.name = str(analysis.folder or analysis_folder(cfg)), f"{saved.name}-analysis"
+        with finishing(instantiate(cfg.logger, _convert_="all")) as loggers:
+            print("  analysis        ", analysis(module.to(device), datamodule, cfg.paths.run, title, loggers))
     return figures
 
 

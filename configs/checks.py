@@ -65,6 +65,29 @@ def check_eval(cfg: DictConfig) -> None:
     check_complete(cfg)
     check_seed(cfg)
     check_trainer(cfg.trainer)
+    check_analysis(cfg)
+
+
+def check_analysis(cfg: DictConfig) -> None:
+    """A closer look at a network is taken by one process, at a network that is not compiled."""
+    if cfg.analysis.get("_target_") is None:
+        if "wandb" in cfg.logger:
+            raise UserError("logger=wandb is for analysis=routing: an evaluation alone prints its figures.")
+        return
+    if cfg.trainer.devices * cfg.trainer.num_nodes > 1:
+        raise UserError("analysis= runs in one process: add trainer.devices=1 trainer.num_nodes=1.")
+    if cfg.compile:
+        raise UserError("analysis= changes routing inside the network, which compile=true would not see: leave it out.")
+
+
+def check_classes(cfg: DictConfig, of_network: int | None, of_data: int) -> int:
+    """The evaluated network and the data have the same number of classes; None takes the data's."""
+    if of_network not in (None, 0, of_data):
+        raise UserError(
+            f"The network of {cfg.ckpt or cfg.pretrained} has {of_network} classes, the data {of_data}: evaluate it on "
+            f"the data it was trained for, or on a set with the same classes."
+        )
+    return of_data
 
 
 def check_complete(cfg: DictConfig) -> None:

@@ -93,6 +93,18 @@ def _is_good(path: Path) -> bool:
     return zipfile.is_zipfile(path) if holds is None else holds
 
 
+def analysis_folder(cfg: DictConfig) -> Path:
+    """Where an analysis of `cfg.ckpt` goes: `analysis/` in the folder of its run, or beside a checkpoint of no run.
+
+    For `cfg.pretrained`, and for what is no path, the working directory is taken.
+    """
+    path = Path(str(cfg.ckpt)).expanduser()
+    if cfg.ckpt is None or not path.exists():
+        return Path.cwd() / "analysis"
+    folder = path if path.is_dir() else path.parent
+    return (folder.parent if folder.name == "checkpoints" else folder).absolute() / "analysis"
+
+
 def adopt_normalization(cfg: DictConfig, normalization: str | None) -> None:
     """Normalise images as the pretrained weights need it, unless `data.normalize=` was given on the command line."""
     given = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()

@@ -9,7 +9,8 @@ import csv
 import os
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -224,6 +225,19 @@ class WandbRun(WandbLogger):
         values |= {f"model/{key}": value for key, value in (result.get("model") or {}).items()}
         self._experiment.summary.update({key: value for key, value in values.items() if value is not None})
 
+    @rank_zero_only
+    def log_files(self, name: str, pictures: Mapping[str, Path], folder: Path) -> None:
+        """Log pictures by their titles, and a folder with all its files as an artifact, "<name>-<run id>"."""
+        import wandb
+
+        run = self.experiment
+        run.log({f"{name}/{title}": wandb.Image(str(path)) for title, path in pictures.items()})
+        artifact = wandb.Artifact(f"{name}-{run.id}", type=name)
+        for path in sorted(folder.iterdir()):
+            if path.suffix in (".png", ".svg", ".csv", ".html", ".md"):
+                artifact.add_file(str(path))
+        run.log_artifact(artifact)
+
     def place(self) -> str:
         """Where the run can be looked at: its address, or the folder to sync."""
         run = self._experiment
@@ -243,6 +257,21 @@ class WandbRun(WandbLogger):
         if self._experiment is not None:
             self._experiment.finish(exit_code=exit_code)
             self._experiment = None
+
+
+@contextmanager
+def finishing(configured: Mapping[str, Logger | None]) -> Iterator[list[Logger]]:
+    """The loggers among the values of a config group; they end well or badly, but they end."""
+    loggers = [logger for logger in configured.values() if logger is not None]
+    failed = True
+    try:
+        yield loggers
+        failed = False
+    finally:
+        for logger in loggers:
+            logger.finalize("failed" if failed else "success")
+            if hasattr(logger, "finish"):
+                logger.finish(exit_code=int(failed))
 
 
 def choose_mode(wanted: str) -> tuple[str, str | None]:

@@ -40,7 +40,7 @@ RC: Mapping[str, Any] = {
     "axes.labelcolor": INK,
     "axes.titlesize": 10.5,
     "axes.titlelocation": "left",
-    "axes.titleweight": "semibold",
+    "axes.titleweight": "bold",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -87,6 +87,7 @@ def save(figure: Figure, folder: Path, name: str) -> tuple[Path, Path]:
     png, svg = folder / f"{name}.png", folder / f"{name}.svg"
     with styled():
         figure.savefig(png, metadata={"Software": None}, pil_kwargs={"optimize": True})
+        figure.set_layout_engine("none")  # it stays as it was laid out for the first file
         figure.savefig(svg, metadata={"Date": None, "Creator": None})
     return png, svg
 

@@ -2,7 +2,14 @@
 
 from models.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from models.callbacks.detections import DetectionFiles, evaluation_files
-from models.callbacks.display import ModelTable, model_figures, print_results, print_training_results, progress_bar
+from models.callbacks.display import (
+    ModelTable,
+    model_figures,
+    print_evaluation,
+    print_results,
+    print_training_results,
+    progress_bar,
+)
 from models.callbacks.divergence import FiniteLoss
 from models.callbacks.resuming import ExactResume
 from models.callbacks.routing import RoutingStatistics
@@ -22,6 +29,7 @@ __all__ = [
     "Throughput",
     "evaluation_files",
     "model_figures",
+    "print_evaluation",
     "print_results",
     "print_training_results",
     "progress_bar",

@@ -135,6 +135,15 @@ def print_results(title: str, figures: Mapping[str, Any], places: Mapping[str, A
         console.print(f"  {name:<16} {place}", soft_wrap=True, highlight=False, markup=False)
 
 
+def print_evaluation(
+    title: str, figures: Mapping[str, float], device: object, places: Mapping[str, Any] | None = None
+) -> None:
+    """Print the figures of an evaluation, counts in a readable form, and where its files are."""
+    counts = {name: readable(int(figures[name])) for name in ("params", "madds")}
+    speed = f"{figures['images_per_second']:.0f} ({device})"
+    print_results(title, {**figures, **counts, "images_per_second": speed}, places)
+
+
 def print_training_results(trainer: Trainer, figures: Mapping[str, float], folder: Path, seconds: float) -> None:
     """Print the figures of the final weights and where everything is; only on the first process."""
     if not trainer.is_global_zero:
