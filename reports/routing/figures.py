@@ -159,14 +159,13 @@ def embedding(found: Findings) -> Figure:
     for axes, name in zip(_row(figure, len(found.layers)), found.layers, strict=True):
         points, shares = principal_components(found.survey.sample_of(name))
         other = ~torch.isin(labels, torch.tensor(shown, dtype=labels.dtype))
-        axes.scatter(
-            *points[other].T.numpy(), s=5, color="#c4ccd3", linewidths=0, label="other" if other.any() else None
-        )
+        rest = "other" if other.any() else None
+        axes.scatter(*points[other].T.numpy(), s=5, color="#c4ccd3", linewidths=0, label=rest)
         for place, label in enumerate(shown):
             chosen = points[labels == label]
             axes.scatter(
-                *chosen.T.numpy(), s=14, color=color(place), marker=marker(place + place // 7), linewidths=0, alpha=0.75,
-                label=plain(found.class_name(label)),
+                *chosen.T.numpy(), s=14, color=color(place), marker=marker(place + place // 7), linewidths=0,
+                alpha=0.75, label=plain(found.class_name(label)),
             )  # fmt: skip
         axes.set_title(plain(name))
         axes.locator_params(nbins=5)

@@ -18,6 +18,7 @@ from condconv.convert import convert
 from data.synthetic import SyntheticDataModule
 from reports.routing import RoutingAnalysis
 from reports.routing.images import Images, class_labels, thumbnails
+from reports.routing.page import summary
 
 
 class Module(nn.Module):
@@ -103,12 +104,12 @@ def test_detection_targets_count_by_their_largest_class() -> None:
     assert class_labels(targets).tolist() == [1, -1]
 
 
-def test_networks_with_other_outputs_get_no_ablations(data: Any, tmp_path: Path) -> None:
+def test_networks_with_other_outputs_get_no_ablations(data: Any) -> None:
     module = Module()
     forward = module.net.forward
     module.net.forward = lambda x: (forward(x), x)  # type: ignore[method-assign]
-    page = RoutingAnalysis(max_images=16)(module, data, tmp_path, "detector")
-    assert not (tmp_path / "ablations.csv").exists() and "classifiers only" in page.read_text(encoding="utf-8")
+    found = RoutingAnalysis(max_images=16).measure(module.net.eval(), Images(data, 16, 1, torch.device("cpu")), "x")
+    assert found.ablations == () and "classifiers only" in " ".join(summary(found))
 
 
 @pytest.mark.parametrize(
@@ -156,6 +157,7 @@ def test_from_a_checkpoint_as_users_do(
     assert "analysis/top1/shuffled routing" in (folder / "metrics.csv").read_text(encoding="utf-8")
     assert {path.name for path in tmp_path.iterdir()} == {"outputs"}
 
+    monkeypatch.setattr("reports.routing.analysis.draw", lambda found, folder: [])
     other = tmp_path / "elsewhere"
     quick = ("analysis=routing", "analysis.max_images=8", "analysis.ablations=false")
     assert commands.eval(f"ckpt={last}", *quick, f"analysis.folder={other}").code == 0
