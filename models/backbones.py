@@ -140,16 +140,11 @@ def create_model(
     options = {**({} if weights is None else weights.timm_options), **(timm_options or {})}
     options.update(num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate, drop_path_rate=drop_path_rate)
     if name == "timm":
-        if width != 1.0 or depth != 1.0 or small_input or placement is not None:
-            raise ValueError("width, depth, small_input and placement are not available for model timm")
-        network, backbone = _timm_network(arch, pattern, exclude, options)
+        refused = {"width": width != 1.0, "depth": depth != 1.0, "small_input": small_input, "placement": placement}
+        network, backbone = _timm_network(arch, pattern, exclude, options, refused)
     else:
-        if arch is not None or pattern is not None or exclude is not None:
-            raise ValueError(f"arch, pattern and exclude are options of model timm, not of {name}")
-        backbone = _backbone(name)
-        network = _named_network(name, backbone, width, depth, options)
-        if small_input:
-            _remove_early_strides(network, backbone)
+        refused = {"arch": arch, "pattern": pattern, "exclude": exclude}
+        network, backbone = _named_network(name, width, depth, small_input, options, refused)
     chosen = _choose(name, backbone, placement, from_block, last_blocks, layers, classifier, num_classes)
     left_out = backbone.classifier if new_classifier else None
     if weights is not None:
@@ -158,38 +153,30 @@ def create_model(
         network.normalization = weights.normalization  # type: ignore[assignment]  # a name, not a submodule
         if weights.is_static:
             load_weights(network, weights, name, left_out)
-    fresh_classifier = classifier_std is not None and num_classes > 0 and (weights is None or new_classifier)
-    if experts == 0:
-        if fresh_classifier:
-            _draw_classifier(network, backbone.classifier, classifier_std)
-        freeze_part(network, freeze, backbone.classifier if num_classes else "")
-        return network
-    initializer = init if init != "network" else INITIALIZERS.get(backbone.family, "independent")
-    conversion = convert(
-        network,
-        experts,
-        blocks=_selected_blocks(network, name, backbone, chosen),
-        layers=chosen.layers,
-        exclude=backbone.exclude,
-        classifier=backbone.classifier if chosen.classifier else None,
-        routing=routing,
-        dropout=dropout,
-        expert_dropout=expert_dropout,
-        temperature=temperature,
-        router_gain=router_gain,
-        backend=backend,
-        init=replace(UPCYCLES[init], noise=init_noise) if init in UPCYCLES else initializer,
-    )
-    network.conversion = conversion  # type: ignore[assignment]  # a record, not a submodule
-    if weights is not None and not weights.is_static:
-        load_weights(network, weights, name, left_out)
-    if fresh_classifier:
+    if experts:
+        routers = {"routing": routing, "dropout": dropout, "expert_dropout": expert_dropout}
+        routers |= {"temperature": temperature, "router_gain": router_gain}
+        initializer = init if init != "network" else INITIALIZERS.get(backbone.family, "independent")
+        network.conversion = convert(  # type: ignore[assignment]  # a record, not a submodule
+            network,
+            experts,
+            blocks=_selected_blocks(network, name, backbone, chosen),
+            layers=chosen.layers,
+            exclude=backbone.exclude,
+            classifier=backbone.classifier if chosen.classifier else None,
+            backend=backend,
+            init=replace(UPCYCLES[init], noise=init_noise) if init in UPCYCLES else initializer,
+            **routers,
+        )
+        if weights is not None and not weights.is_static:
+            load_weights(network, weights, name, left_out)
+    if classifier_std is not None and num_classes > 0 and (weights is None or new_classifier):
         _draw_classifier(network, backbone.classifier, classifier_std)
     freeze_part(network, freeze, backbone.classifier if num_classes else "")
     return network
 
 
-def _draw_classifier(network: nn.Module, name: str, std: float | None) -> None:
+def _draw_classifier(network: nn.Module, name: str, std: float) -> None:
     """Normal weights and zero biases, for a static classifier or for each expert of it."""
     classifier = network.get_submodule(name)
     with torch.no_grad():
@@ -227,7 +214,19 @@ def _backbone(name: str) -> Backbone:
     return BACKBONES[name]
 
 
-def _named_network(name: str, backbone: Backbone, width: float, depth: float, options: dict[str, Any]) -> nn.Module:
+def _named_network(
+    name: str, width: float, depth: float, small_input: bool, options: dict[str, Any], refused: Mapping[str, Any]
+) -> tuple[nn.Module, Backbone]:
+    if any(value is not None for value in refused.values()):
+        raise ValueError(f"arch, pattern and exclude are options of model timm, not of {name}")
+    backbone = _backbone(name)
+    network = _scaled_network(name, backbone, width, depth, options)
+    if small_input:
+        _remove_early_strides(network, backbone)
+    return network, backbone
+
+
+def _scaled_network(name: str, backbone: Backbone, width: float, depth: float, options: dict[str, Any]) -> nn.Module:
     depth = depth * backbone.depth
     if backbone.family == "resnet":
         if width != 1.0:
@@ -245,8 +244,14 @@ def _named_network(name: str, backbone: Backbone, width: float, depth: float, op
 
 
 def _timm_network(
-    arch: str | None, pattern: Patterns | None, exclude: Patterns | None, options: dict[str, Any]
+    arch: str | None,
+    pattern: Patterns | None,
+    exclude: Patterns | None,
+    options: dict[str, Any],
+    refused: Mapping[str, Any],
 ) -> tuple[nn.Module, Backbone]:
+    if any(refused.values()):
+        raise ValueError("width, depth, small_input and placement are not available for model timm")
     if not arch:
         raise ValueError("model timm needs arch=<a name of timm.list_models()>")
     if not timm.is_model(arch):

@@ -1,4 +1,4 @@
-"""BatchNorm as the recipes want it: momentum, epsilon, and statistics over groups of a given number of examples.
+"""BatchNorm as the recipes want it: statistics over groups of a given number of examples.
 
 The authors use TensorFlow's momentum 0.99, which is 0.01 in torch's convention (the weight of the *new* value), epsilon
 1e-3, and statistics over groups of 128 examples, gathered from several TPU cores [seen]. One difference remains: their
@@ -14,22 +14,6 @@ import torch
 import torch.distributed as dist
 from timm.layers import SyncBatchNormAct
 from torch import Tensor, nn
-
-
-def configure_batchnorm(net: nn.Module, momentum: float | None = None, eps: float | None = None) -> None:
-    """Set momentum (torch's convention: the weight of the new value) and epsilon of every BatchNorm layer in place.
-
-    None leaves the layers' own values. Raises ValueError for a momentum outside (0, 1] or an epsilon that is not
-    positive.
-    """
-    if momentum is not None and not 0 < momentum <= 1:
-        raise ValueError(f"BatchNorm momentum must be in (0, 1] (torch's 0.01 is TensorFlow's 0.99), got {momentum}.")
-    if eps is not None and eps <= 0:
-        raise ValueError(f"BatchNorm epsilon must be positive, got {eps}.")
-    for module in net.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.momentum = module.momentum if momentum is None else momentum
-            module.eps = module.eps if eps is None else eps
 
 
 def group_batchnorm(net: nn.Module, examples: int | Literal["all"], batch_size_per_device: int) -> None:

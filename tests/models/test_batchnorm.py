@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from models.batchnorm import configure_batchnorm, group_batchnorm
+from models.batchnorm import group_batchnorm
 from models.callbacks.batchnorm import BatchNormGroups
 
 CHANNELS = 3
@@ -34,18 +34,6 @@ def examples(count: int) -> Tensor:
 
 def loss(y: Tensor) -> Tensor:
     return (y * torch.linspace(-1, 1, y[0].numel()).view_as(y[0])).square().sum()
-
-
-def test_configure_sets_every_layer() -> None:
-    net = nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(BatchNormAct2d(3)), nn.BatchNorm1d(3), nn.GroupNorm(1, 3))
-    configure_batchnorm(net, momentum=0.01, eps=1e-3)
-    assert [(net[0].momentum, net[0].eps), (net[1][0].momentum, net[1][0].eps)] == [(0.01, 1e-3)] * 2
-    configure_batchnorm(net, eps=1e-5)
-    assert (net[2].momentum, net[2].eps) == (0.01, 1e-5)
-    with pytest.raises(ValueError, match=r"0\.01 is TensorFlow's 0\.99"):
-        configure_batchnorm(net, momentum=0.0)
-    with pytest.raises(ValueError, match="epsilon must be positive"):
-        configure_batchnorm(net, eps=0.0)
 
 
 @pytest.mark.parametrize("act", [False, True])
