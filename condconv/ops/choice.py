@@ -41,6 +41,8 @@ def choose(problem: Problem) -> Choice:
 def rule(problem: Problem) -> Choice:
     """The backend for a problem when nothing was measured."""
     positions = problem.positions
+    if problem.batch == 1 and problem.device == "cpu":
+        return Choice("single", "one example: a static convolution, once its kernel is mixed")
     if problem.is_depthwise:
         return Choice("depthwise", "depthwise: the batch folds into the channels")
     taps_R, taps_S = live_taps(problem.size_HW, problem.kernel_RS, problem.spec)

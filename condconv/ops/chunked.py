@@ -223,7 +223,7 @@ def backward(
         if need_routing or need_weight:
             mixer.add_gradients(tile, chunk.kernel_gradient(grad_y), grad_routing, grad_weight)
     if grad_weight is not None:
-        grad_weight = _restore_dead_taps(grad_weight.view(weight_EKCRS.shape).to(weight_EKCRS.dtype), full_shape, where)
+        grad_weight = restore_dead_taps(grad_weight.view(weight_EKCRS.shape).to(weight_EKCRS.dtype), full_shape, where)
     return grad_x, None if grad_routing is None else grad_routing.to(routing_NE.dtype), grad_weight
 
 
@@ -235,7 +235,7 @@ def store(target: Tensor, value: Tensor, first: bool) -> None:
         target.add_(value)
 
 
-def _restore_dead_taps(grad_EKCRS: Tensor, full_shape: torch.Size, where: tuple[slice, slice]) -> Tensor:
+def restore_dead_taps(grad_EKCRS: Tensor, full_shape: torch.Size, where: tuple[slice, slice]) -> Tensor:
     if grad_EKCRS.shape == full_shape:
         return grad_EKCRS
     full_EKCRS = grad_EKCRS.new_zeros(full_shape)

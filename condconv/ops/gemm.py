@@ -7,6 +7,8 @@ nothing is copied. Other kernels are unfolded once for all tiles of output chann
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,11 +31,11 @@ class Gemm(PerExampleConv):
         super().__init__(x_NCHW, kernel_RS, spec)
         self.rows = is_channels_last(x_NCHW) and spec.groups == 1
         self.pointwise = spec.groups == 1 and spec.is_pointwise(kernel_RS)
-        self.patches_BLD = self._patches()
         self.grad_patches_BLD: Tensor | None = None
 
-    def _patches(self) -> Tensor:
-        """`[N * G, L, C/G * R * S]`, strided as it comes."""
+    @cached_property
+    def patches_BLD(self) -> Tensor:
+        """`[N * G, L, C/G * R * S]`, strided as it comes; an input gradient alone does without."""
         if self.pointwise:
             return self._matrix(_subsample(self.x_NCHW, self.spec))
         spec = self.spec

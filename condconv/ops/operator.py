@@ -14,7 +14,7 @@ from torch import Tensor
 
 from condconv.ops.choice import choose
 from condconv.ops.registry import AUTO, get_backend
-from condconv.ops.spec import ConvSpec, Problem, is_channels_last, memory_format_of
+from condconv.ops.spec import ConvSpec, Problem, is_channels_last, memory_format_of, without_autocast
 
 
 def _dense(x_NCHW: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def conv2d(
         return _empty_output(x_NCHW, weight_EKCRS, spec)
     x_NCHW, weight_EKCRS = _dense(x_NCHW), weight_EKCRS.contiguous()
     chosen = _backend(backend, x_NCHW, weight_EKCRS, spec, training)
-    with torch.autocast(x_NCHW.device.type, enabled=False):
+    with without_autocast(x_NCHW.device):
         y_NKPQ: Tensor = chosen.forward(x_NCHW, routing_NE, weight_EKCRS, spec, workspace_bytes)
     return y_NKPQ
 
@@ -104,7 +104,7 @@ def conv2d_backward(
     x_NCHW, weight_EKCRS = _dense(x_NCHW), weight_EKCRS.contiguous()
     grad_y_NKPQ = grad_y_NKPQ.contiguous(memory_format=memory_format_of(x_NCHW))
     chosen = _backend(backend, x_NCHW, weight_EKCRS, spec, training=True)
-    with torch.autocast(x_NCHW.device.type, enabled=False):
+    with without_autocast(x_NCHW.device):
         grads = chosen.backward(
             grad_y_NKPQ, x_NCHW, routing_NE, weight_EKCRS, spec, (needs[0], needs[1], needs[2]), workspace_bytes
         )
@@ -142,18 +142,27 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x_NCHW, routing_NE, weight_EKCRS, *options = inputs
-    ctx.save_for_backward(x_NCHW, routing_NE, weight_EKCRS)
-    ctx.options = options
+    *tensors, stride, padding, dilation, groups, backend, _, workspace_bytes = inputs
+    need_x, need_routing, need_weight = ctx.needs_input_grad[:3]
+    read = (need_routing or need_weight, need_x or need_weight, need_x or need_routing)
+    # A layer whose experts and router are frozen keeps no activation alive: of x, only the shape is needed.
+    ctx.save_for_backward(*(tensor if used else None for tensor, used in zip(tensors, read, strict=True)))
+    ctx.likes = [
+        None if used else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        for tensor, used in zip(tensors, read, strict=True)
+    ]
+    ctx.options = (stride, padding, dilation, groups, backend, workspace_bytes)
 
 
 def _autograd(ctx: Any, grad_y_NKPQ: Tensor) -> tuple[Any, ...]:
-    stride, padding, dilation, groups, backend, _, workspace_bytes = ctx.options
+    *geometry, backend, workspace_bytes = ctx.options
     needs = list(ctx.needs_input_grad[:3])
-    grads = conv2d_backward(
-        grad_y_NKPQ, *ctx.saved_tensors, stride, padding, dilation, groups, backend, needs, workspace_bytes
-    )
-    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *([None] * len(ctx.options))
+    tensors = [
+        torch.empty_strided(like[0], like[1], dtype=like[2], device=like[3]) if tensor is None else tensor
+        for tensor, like in zip(ctx.saved_tensors, ctx.likes, strict=True)
+    ]
+    grads = conv2d_backward(grad_y_NKPQ, *tensors, *geometry, backend, needs, workspace_bytes)
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *([None] * 7)
 
 
 def _no_second_order(ctx: Any, *grads: Tensor) -> Any:

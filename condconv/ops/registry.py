@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from condconv.ops import chunked, depthwise, depthwise_sum, gemm, grouped, mixture, triton
+from condconv.ops import chunked, depthwise, depthwise_sum, gemm, grouped, mixture, single, triton
 from condconv.ops.spec import Problem
 
 Forward = Callable[..., Tensor]
@@ -37,6 +37,7 @@ def _mix_first(
 
 _BACKENDS = [
     Backend("mixture", "run every expert, mix the outputs", mixture.supports, mixture.forward, mixture.backward),
+    Backend("single", "one example: mix, then an ordinary convolution", single.supports, single.forward, single.backward),
     _mix_first("gemm", "mix kernels, batched matrix products", gemm.supports, gemm.Gemm),
     _mix_first("depthwise", "mix kernels, one folded depthwise convolution", depthwise.supports, depthwise.Depthwise),
     _mix_first(

@@ -140,8 +140,11 @@ def crop_to_live_taps(
     weight_EKCRS: Tensor, size_HW: tuple[int, int], spec: ConvSpec
 ) -> tuple[Tensor, ConvSpec, tuple[slice, slice]]:
     """The kernels without dead taps, the padding that goes with them, and where the taps lie in the full kernel."""
-    rows, columns = live_taps(size_HW, (weight_EKCRS.shape[3], weight_EKCRS.shape[4]), spec)
+    kernel_RS = (weight_EKCRS.shape[3], weight_EKCRS.shape[4])
+    rows, columns = live_taps(size_HW, kernel_RS, spec)
     where = (slice(rows.start, rows.stop), slice(columns.start, columns.stop))
+    if (rows.stop - rows.start, columns.stop - columns.start) == kernel_RS:
+        return weight_EKCRS.contiguous(), spec, where
     live = weight_EKCRS[:, :, :, where[0], where[1]].contiguous()
     return live, spec._replace(padding=(rows.padding, columns.padding)), where
 
@@ -184,6 +187,7 @@ def mixing_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast off for this device; nothing where there is none, as on meta tensors, on which networks are counted."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+    """Autocast off for this device; nothing where it is off or there is none, as on meta tensors (networks are counted
+    on them)."""
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()

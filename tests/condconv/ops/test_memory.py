@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from numerics import assert_close
 from oracle import CPU_BACKENDS, Case
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -61,6 +62,24 @@ def test_the_arguments_are_all_that_is_kept(backend: str, case: Case) -> None:
     saved = saved_storages(lambda: condconv2d(*arguments, *case.spec, backend=backend))
     assert set(saved) == {t.untyped_storage().data_ptr() for t in arguments}
     assert sum(saved.values()) < mixed_kernels(case) / 3
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("backend", "case"), PAIRS)
+def test_only_what_the_asked_gradients_read_is_kept(backend: str, case: Case, channels_last: bool) -> None:
+    """Frozen experts and router: the activation goes. What is not kept has its shape and layout in the backward."""
+    tensors = case.tensors(torch.float32, channels_last)[:3]
+    expected = torch.autograd.grad(_output(case, backend, [t.requires_grad_() for t in tensors]).sum(), tensors)
+    for i, kept in ((0, (1, 2)), (1, (0, 2)), (2, (0, 1))):
+        arguments = [t.detach().requires_grad_(j == i) for j, t in enumerate(tensors)]
+        saved = saved_storages(lambda arguments=arguments: _output(case, backend, arguments))
+        assert set(saved) == {arguments[j].untyped_storage().data_ptr() for j in kept}
+        (grad,) = torch.autograd.grad(_output(case, backend, arguments).sum(), arguments[i])
+        assert_close(grad, expected[i], "gradient", torch.float32)
+
+
+def _output(case: Case, backend: str, arguments: list[Tensor]) -> Tensor:
+    return condconv2d(*arguments, None, *case.spec, backend=backend)
 
 
 def test_autocast_keeps_the_rounded_input_alone() -> None:
