@@ -27,9 +27,9 @@ Padding = int | tuple[int, int] | Literal["same", "valid", "same_tf"]
 
 
 def _pair(value: IntPair, name: str, minimum: int) -> tuple[int, int]:
-    if type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int:
-        if value[0] >= minimum and value[1] >= minimum:  # layers keep such pairs: at batch 1 microseconds count
-            return value
+    # Layers keep checked pairs, and with one example microseconds count.
+    if type(value) is tuple and len(value) == 2 and all(type(v) is int and v >= minimum for v in value):
+        return value
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2 or any(not isinstance(v, int) or isinstance(v, bool) or v < minimum for v in pair):
         raise ValueError(f"{name} must be an integer >= {minimum} or a pair of them, got {value!r}.")

@@ -236,6 +236,7 @@ def store(target: Tensor, value: Tensor, first: bool) -> None:
 
 
 def restore_dead_taps(grad_EKCRS: Tensor, full_shape: torch.Size, where: tuple[slice, slice]) -> Tensor:
+    """The gradient of whole kernels from that of their live taps; the others have none."""
     if grad_EKCRS.shape == full_shape:
         return grad_EKCRS
     full_EKCRS = grad_EKCRS.new_zeros(full_shape)

@@ -37,7 +37,7 @@ def _mix_first(
 
 _BACKENDS = [
     Backend("mixture", "run every expert, mix the outputs", mixture.supports, mixture.forward, mixture.backward),
-    Backend("single", "one example: mix, then an ordinary convolution", single.supports, single.forward, single.backward),
+    Backend("single", "mix one kernel, then convolve as usual", single.supports, single.forward, single.backward),
     _mix_first("gemm", "mix kernels, batched matrix products", gemm.supports, gemm.Gemm),
     _mix_first("depthwise", "mix kernels, one folded depthwise convolution", depthwise.supports, depthwise.Depthwise),
     _mix_first(

@@ -1,7 +1,7 @@
 """A batch of one example: mix its kernel, then an ordinary convolution by the library.
 
-With one example there is nothing to batch: `y = (sum_e a_e W_e) * x` is a static convolution whose kernel has to be made
-first. Making it reads E x P weights (E experts of P weights) once and is bound by memory: about 86 MB for
+With one example there is nothing to batch: `y = (sum_e a_e W_e) * x` is a static convolution whose kernel has to be
+made first. Making it reads E x P weights (E experts of P weights) once and is bound by memory: about 86 MB for
 EfficientNet-B0 with 8 experts. A matrix product with a single row is not made for that. On a CPU the experts are added
 one after the other, in blocks of weights whose sum stays in the cache; that reads at the rate of a copy.
 """
@@ -29,7 +29,7 @@ BLOCK = 1 << 18
 
 def supports(problem: Problem) -> str | None:
     """A single example."""
-    return None if problem.batch == 1 else f"it convolves one example with one kernel, and this batch has {problem.batch}"
+    return None if problem.batch <= 1 else f"it convolves one example, and this batch has {problem.batch}"
 
 
 def mix(routing_E: Tensor, weight_EM: Tensor) -> Tensor:
@@ -53,7 +53,8 @@ def forward(x_NCHW: Tensor, routing_NE: Tensor, weight_EKCRS: Tensor, spec: Conv
     dtype = mixing_dtype(x_NCHW, routing_NE, weight_EKCRS)
     mixed_M = mix(routing_NE[0].to(dtype), weight_EKCRS.flatten(1))
     kernel_KCRS = mixed_M.to(x_NCHW.dtype).view(weight_EKCRS.shape[1:])
-    if spec.groups == 1 and spec.stride == (1, 1) and is_channels_last(x_NCHW) and spec.is_pointwise(_size(kernel_KCRS)):
+    pointwise = spec.groups == 1 and spec.is_pointwise((kernel_KCRS.shape[2], kernel_KCRS.shape[3]))
+    if pointwise and spec.stride == (1, 1) and is_channels_last(x_NCHW):
         rows_LC = x_NCHW.permute(0, 2, 3, 1).flatten(0, 2)
         y_LK = torch.mm(rows_LC, kernel_KCRS.flatten(1).t())
         return y_LK.view(1, *x_NCHW.shape[2:], -1).permute(0, 3, 1, 2)
@@ -89,7 +90,3 @@ def backward(
             grad_weight = torch.outer(routing_E, grad_M).to(weight_EKCRS.dtype).view(weight_EKCRS.shape)
             grad_weight = restore_dead_taps(grad_weight, full_shape, where)
     return grad_x if need_x else None, grad_routing, grad_weight
-
-
-def _size(kernel_KCRS: Tensor) -> tuple[int, int]:
-    return kernel_KCRS.shape[2], kernel_KCRS.shape[3]

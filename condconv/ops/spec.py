@@ -187,7 +187,6 @@ def mixing_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast off for this device; nothing where it is off or there is none, as on meta tensors (networks are counted
-    on them)."""
+    """Autocast off for this device; nothing where it is off, or where there is none, as on meta tensors."""
     on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if on else nullcontext()

@@ -85,6 +85,9 @@ DEPTHWISE = [
         {"size": (3, 6), "dilation": (2, 2), "padding": (1, 0), "stride": (2, 3)},
         {"experts": 1, "batch": 5},
         {"batch": 0, "padding": (1, 1)},
+        # Enough for a loop over examples in channels last.
+        {"padding": (1, 1), "size": (81, 83)},
+        {"kernel": (5, 5), "padding": (2, 2), "size": (82, 81), "stride": (2, 2), "batch": 2},
     )
 ]
 ALL = GEOMETRY + GROUPED + DEPTHWISE
@@ -169,9 +172,9 @@ def test_inputs_that_are_not_dense(backend: str, kind: str) -> None:
     case = case_for(backend, padding=(1, 1))
     x, routing, weight, bias = case.tensors()
     if kind == "sliced":
-        x = torch.randn(6, 9, 7, 14, dtype=torch.float64)[::2, 1:5, :, ::2]
+        x = torch.randn(6, 9, 7, 14, dtype=torch.float64)[::2, 1:5, :, ::2][: case.batch]
     elif kind == "expanded batch":
-        x = x[:1].expand(3, -1, -1, -1)
+        x = x[:1].expand(case.batch, -1, -1, -1)
     elif kind == "expanded channels":
         x = x[:, :1].expand(-1, 4, -1, -1)
     elif kind == "transposed map":

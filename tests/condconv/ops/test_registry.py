@@ -20,7 +20,7 @@ DEPTHWISE = Case(channels=5, out_channels=5, groups=5)
 def test_names() -> None:
     assert condconv.list_backends is list_backends
     assert list_backends()[:2] == ["auto", "reference"]
-    assert {"mixture", "gemm", "depthwise", "depthwise_sum", "grouped"} <= set(list_backends())
+    assert {"mixture", "gemm", "depthwise", "depthwise_sum", "grouped", "single"} <= set(list_backends())
     assert len(set(list_backends())) == len(list_backends())
     for key, backend in BACKENDS.items():
         assert key == backend.name
@@ -40,6 +40,13 @@ def test_names() -> None:
 def test_what_each_backend_takes(name: str, taken: list[Case]) -> None:
     for case in (DENSE, POINTWISE, GROUPED, MULTIPLIER, DEPTHWISE):
         assert case.supported_by(name) == (case in taken), case
+
+
+def test_single_takes_every_layer_of_one_example() -> None:
+    for case in (DENSE, POINTWISE, GROUPED, MULTIPLIER, DEPTHWISE):
+        assert case._replace(batch=1).supported_by("single")
+        assert not case._replace(batch=2).supported_by("single")
+        assert choose(case._replace(batch=1).problem()).backend == "single"
 
 
 @pytest.mark.parametrize("name", CPU_BACKENDS)
