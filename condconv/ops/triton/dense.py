@@ -47,7 +47,7 @@ GRADIENT_TILES = [(128, 128, 32, 8, 3), (128, 64, 32, 4, 3), (64, 64, 64, 4, 3),
 
 @triton.autotune(
     tile_configs(("BLOCK_L", "BLOCK_J", "BLOCK_I"), PRODUCT_TILES, (32, 32, 16)),
-    key=["num_positions", "num_columns", "num_inner", "num_taps", "source_stride_c", "stride_h", "TRANSPOSED"],
+    key=["num_positions", "num_columns", "num_inner", "num_taps", "source_strides", "geometry", "TRANSPOSED"],
     prune_configs_by={
         "early_config_prune": pruner({"BLOCK_L": "num_positions", "BLOCK_J": "num_columns", "BLOCK_I": "num_inner"})
     },
@@ -62,25 +62,12 @@ def _product_kernel(
     num_inner,
     num_taps,
     num_groups,
-    source_stride_n,
-    source_stride_l,
-    source_stride_c,
+    source_strides,
     kernel_stride_t,
     kernel_stride_i,
     kernel_stride_j,
-    target_stride_n,
-    target_stride_l,
-    target_stride_c,
-    kernel_width,
-    source_height,
-    source_width,
-    target_width,
-    stride_h,
-    stride_w,
-    padding_h,
-    padding_w,
-    dilation_h,
-    dilation_w,
+    target_strides,
+    geometry,
     TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_L: tl.constexpr,
@@ -95,7 +82,7 @@ def _product_kernel(
     group = example_group % num_groups
     position = (block // blocks_j) * BLOCK_L + tl.arange(0, BLOCK_L)
     column = (block % blocks_j) * BLOCK_J + tl.arange(0, BLOCK_J)
-    source = source_ptr + n * source_stride_n + group * num_inner * source_stride_c
+    source = source_ptr + n * source_strides.n + group * num_inner * source_strides.c
     # A group's part of an example's kernel is K/G x T x C/G numbers, whichever of the two channels is summed over.
     kernel = kernel_ptr + example_group * num_inner * num_taps * num_columns + column[None, :] * kernel_stride_j
     blocks_i = tl.cdiv(num_inner, BLOCK_I)
@@ -106,21 +93,12 @@ def _product_kernel(
         there, exists = source_positions(
             position,
             tap,
-            kernel_width,
-            source_height,
-            source_width,
-            target_width,
-            stride_h,
-            stride_w,
-            padding_h,
-            padding_w,
-            dilation_h,
-            dilation_w,
+            geometry,
             TRANSPOSED,
         )
         exists = exists & (position < num_positions)
         a = tl.load(
-            source + there[:, None] * source_stride_l + inner[None, :] * source_stride_c,
+            source + there[:, None] * source_strides.l + inner[None, :] * source_strides.c,
             mask=exists[:, None] & (inner[None, :] < num_inner),
             other=0.0,
         )
@@ -130,15 +108,15 @@ def _product_kernel(
             other=0.0,
         )
         acc = dot(a, b, acc, PRECISION)
-    target = target_ptr + n * target_stride_n + group * num_columns * target_stride_c
-    target += position[:, None] * target_stride_l + column[None, :] * target_stride_c
+    target = target_ptr + n * target_strides.n + group * num_columns * target_strides.c
+    target += position[:, None] * target_strides.l + column[None, :] * target_strides.c
     mask = (position[:, None] < num_positions) & (column[None, :] < num_columns)
     tl.store(target, acc.to(target_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.autotune(
     tile_configs(("BLOCK_K", "BLOCK_C", "BLOCK_L"), GRADIENT_TILES, (32, 32, 32)),
-    key=["num_positions", "num_rows", "num_columns", "num_taps", "x_stride_c", "stride_h"],
+    key=["num_positions", "num_rows", "num_columns", "num_taps", "x_strides", "geometry"],
     prune_configs_by={
         "early_config_prune": pruner({"BLOCK_K": "num_rows", "BLOCK_C": "num_columns", "BLOCK_L": "num_positions"})
     },
@@ -153,22 +131,9 @@ def _kernel_gradient_kernel(
     num_columns,
     num_taps,
     num_groups,
-    y_stride_n,
-    y_stride_l,
-    y_stride_c,
-    x_stride_n,
-    x_stride_l,
-    x_stride_c,
-    kernel_width,
-    source_height,
-    source_width,
-    target_width,
-    stride_h,
-    stride_w,
-    padding_h,
-    padding_w,
-    dilation_h,
-    dilation_w,
+    y_strides,
+    x_strides,
+    geometry,
     PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -183,33 +148,24 @@ def _kernel_gradient_kernel(
     group = example_group % num_groups
     row = (block // blocks_c) * BLOCK_K + tl.arange(0, BLOCK_K)
     column = (block % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
-    grad_y = grad_y_ptr + n * y_stride_n + group * num_rows * y_stride_c + row[:, None] * y_stride_c
-    x = x_ptr + n * x_stride_n + group * num_columns * x_stride_c + column[None, :] * x_stride_c
+    grad_y = grad_y_ptr + n * y_strides.n + group * num_rows * y_strides.c + row[:, None] * y_strides.c
+    x = x_ptr + n * x_strides.n + group * num_columns * x_strides.c + column[None, :] * x_strides.c
     acc = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
     for first in range(0, num_positions, BLOCK_L):
         position = first + tl.arange(0, BLOCK_L)
         there, exists = source_positions(
             position,
             tap,
-            kernel_width,
-            source_height,
-            source_width,
-            target_width,
-            stride_h,
-            stride_w,
-            padding_h,
-            padding_w,
-            dilation_h,
-            dilation_w,
+            geometry,
             False,
         )
         exists = exists & (position < num_positions)
         a = tl.load(
-            grad_y + position[None, :] * y_stride_l,
+            grad_y + position[None, :] * y_strides.l,
             mask=(position[None, :] < num_positions) & (row[:, None] < num_rows),
             other=0.0,
         )
-        b = tl.load(x + there[:, None] * x_stride_l, mask=exists[:, None] & (column[None, :] < num_columns), other=0.0)
+        b = tl.load(x + there[:, None] * x_strides.l, mask=exists[:, None] & (column[None, :] < num_columns), other=0.0)
         acc = dot(a, b, acc, PRECISION)
     target = grad_kernel_ptr + example_group * num_rows * num_taps * num_columns
     target += (row[:, None] * num_taps + tap) * num_columns + column[None, :]
@@ -246,12 +202,12 @@ def _product(
         num_inner,
         num_taps,
         groups,
-        *source_strides,
+        source_strides,
         channels,
         inner_stride,
         column_stride,
-        *target_strides,
-        *call.geometry,
+        target_strides,
+        call.geometry,
         TRANSPOSED=transposed,
         PRECISION=matmul_precision(source.dtype),
     )
@@ -283,9 +239,9 @@ def _kernel_gradient(grad_y_nKPQ: Tensor, x_nCHW: Tensor, grad_kernel_nKTC: Tens
         num_columns,
         num_taps,
         groups,
-        *call.y,
-        *call.x,
-        *call.geometry,
+        call.y,
+        call.x,
+        call.geometry,
         PRECISION=matmul_precision(x_nCHW.dtype),
     )
 

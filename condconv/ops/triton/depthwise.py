@@ -59,7 +59,7 @@ def _oriented(position, channel, CHANNELS_LAST: tl.constexpr):
 
 @triton.autotune(
     tile_configs(("BLOCK_L", "BLOCK_C"), CONV_TILES, (32, 16)),
-    key=["num_positions", "num_channels", "TAPS", "stride_h", "TRANSPOSED", "FUSE_MIXING", "CHANNELS_LAST"],
+    key=["num_positions", "num_channels", "TAPS", "geometry", "TRANSPOSED", "FUSE_MIXING", "CHANNELS_LAST"],
 )
 @triton.jit
 def _conv_kernel(
@@ -70,23 +70,10 @@ def _conv_kernel(
     num_positions,
     num_channels,
     num_experts,
-    source_stride_n,
-    source_stride_l,
-    source_stride_c,
+    source_strides,
     kernel_stride,
-    target_stride_n,
-    target_stride_l,
-    target_stride_c,
-    kernel_width,
-    source_height,
-    source_width,
-    target_width,
-    stride_h,
-    stride_w,
-    padding_h,
-    padding_w,
-    dilation_h,
-    dilation_w,
+    target_strides,
+    geometry,
     TAPS: tl.constexpr,
     UNROLL: tl.constexpr,
     TRANSPOSED: tl.constexpr,
@@ -105,7 +92,7 @@ def _conv_kernel(
         CHANNELS_LAST,
     )
     here = (position < num_positions) & (channel < num_channels)
-    source = source_ptr + n * source_stride_n + channel * source_stride_c
+    source = source_ptr + n * source_strides.n + channel * source_strides.c
     kernel = kernel_ptr + channel
     if not FUSE_MIXING:
         kernel += n * kernel_stride
@@ -124,21 +111,12 @@ def _conv_kernel(
         there, exists = source_positions(
             position,
             tap,
-            kernel_width,
-            source_height,
-            source_width,
-            target_width,
-            stride_h,
-            stride_w,
-            padding_h,
-            padding_w,
-            dilation_h,
-            dilation_w,
+            geometry,
             TRANSPOSED,
         )
-        value = tl.load(source + there * source_stride_l, mask=here & exists, other=0.0)
+        value = tl.load(source + there * source_strides.l, mask=here & exists, other=0.0)
         acc += value.to(tl.float32) * weight.to(tl.float32)
-    target = target_ptr + n * target_stride_n + position * target_stride_l + channel * target_stride_c
+    target = target_ptr + n * target_strides.n + position * target_strides.l + channel * target_strides.c
     tl.store(target, acc.to(target_ptr.dtype.element_ty), mask=here)
 
 
@@ -151,22 +129,9 @@ def _kernel_gradient_kernel(
     num_channels,
     num_parts,
     positions_per_part,
-    y_stride_n,
-    y_stride_l,
-    y_stride_c,
-    x_stride_n,
-    x_stride_l,
-    x_stride_c,
-    kernel_width,
-    source_height,
-    source_width,
-    target_width,
-    stride_h,
-    stride_w,
-    padding_h,
-    padding_w,
-    dilation_h,
-    dilation_w,
+    y_strides,
+    x_strides,
+    geometry,
     TAPS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     BLOCK_L: tl.constexpr,
@@ -188,21 +153,12 @@ def _kernel_gradient_kernel(
             there, exists = source_positions(
                 position,
                 tap,
-                kernel_width,
-                source_height,
-                source_width,
-                target_width,
-                stride_h,
-                stride_w,
-                padding_h,
-                padding_w,
-                dilation_h,
-                dilation_w,
+                geometry,
                 False,
             )
             mask = exists & (position < last) & (channel < num_channels)
-            y_offset = n * y_stride_n + (position * y_stride_l + channel * y_stride_c)
-            x_offset = n * x_stride_n + (there * x_stride_l + channel * x_stride_c)
+            y_offset = n * y_strides.n + (position * y_strides.l + channel * y_strides.c)
+            x_offset = n * x_strides.n + (there * x_strides.l + channel * x_strides.c)
             grad_y = tl.load(grad_y_ptr + y_offset, mask=mask, other=0.0).to(tl.float32)
             x = tl.load(x_ptr + x_offset, mask=mask, other=0.0).to(tl.float32)
             grad += tl.sum(grad_y * x, AXIS)
@@ -265,10 +221,10 @@ def _convolve(
             num_positions,
             channels,
             num_experts,
-            *Strides.of(source.shape, channels_last),
+            Strides.of(source.shape, channels_last),
             kernel_stride,
-            *Strides.of(target.shape, channels_last),
-            *Geometry.of(source, target, experts.kernel_width, experts.spec),
+            Strides.of(target.shape, channels_last),
+            Geometry.of(source, target, experts.kernel_width, experts.spec),
             TAPS=taps,
             UNROLL=min(taps, 9),
             TRANSPOSED=transposed,
@@ -310,9 +266,9 @@ def _expert_gradients(
             channels,
             parts,
             per_part,
-            *Strides.of(grad_y_NKPQ.shape, channels_last),
-            *Strides.of(x_NCHW.shape, channels_last),
-            *Geometry.of(x_NCHW, grad_y_NKPQ, experts.kernel_width, experts.spec),
+            Strides.of(grad_y_NKPQ.shape, channels_last),
+            Strides.of(x_NCHW.shape, channels_last),
+            Geometry.of(x_NCHW, grad_y_NKPQ, experts.kernel_width, experts.spec),
             TAPS=taps,
             CHANNELS_LAST=channels_last,
             BLOCK_L=block_l,

@@ -1,7 +1,8 @@
 """What all launchers share: precisions, strides of activations, tile sizes, and the matrix product inside the kernels.
 
 Letters as in `condconv.ops.spec`; T = R * S taps. Kernels see an activation `t_NCHW`, in either memory format, as
-`t[n, l, c]` with l = h * W + w: three strides, and the position stride is C (channels last) or 1 (contiguous).
+`t[n, l, c]` with l = h * W + w: three strides, and the position stride is C (channels last) or 1 (contiguous). What
+belongs together is one argument, a named tuple, in launchers and kernels alike.
 """
 
 from __future__ import annotations
@@ -74,10 +75,10 @@ class Steps(NamedTuple):
 
 
 @triton.jit
-def spread(positions, width, row_step, column_step, STRIDED: tl.constexpr):
+def spread(positions, steps, STRIDED: tl.constexpr):
     """The input position of an output position of a pointwise convolution."""
     if STRIDED:
-        positions = (positions // width) * row_step + (positions % width) * column_step
+        positions = (positions // steps.width) * steps.row + (positions % steps.width) * steps.column
     return positions
 
 
@@ -91,42 +92,28 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def source_positions(
-    target,
-    tap,
-    kernel_width,
-    source_height,
-    source_width,
-    target_width,
-    stride_h,
-    stride_w,
-    padding_h,
-    padding_w,
-    dilation_h,
-    dilation_w,
-    TRANSPOSED: tl.constexpr,
-):
+def source_positions(target, tap, geometry, TRANSPOSED: tl.constexpr):
     """Position read for `target` through `tap`, and whether it exists.
 
     Forward: h = p * stride - padding + r * dilation. Transposed (input gradient): p = (h + padding - r * dilation) /
     stride.
     """
-    r = tap // kernel_width
-    s = tap % kernel_width
-    row = target // target_width
-    column = target % target_width
+    r = tap // geometry.kernel_width
+    s = tap % geometry.kernel_width
+    row = target // geometry.target_width
+    column = target % geometry.target_width
     if TRANSPOSED:
-        row = row + padding_h - r * dilation_h
-        column = column + padding_w - s * dilation_w
-        valid = (row >= 0) & (column >= 0) & (row % stride_h == 0) & (column % stride_w == 0)
-        row = row // stride_h
-        column = column // stride_w
-        valid = valid & (row < source_height) & (column < source_width)
+        row = row + geometry.padding_h - r * geometry.dilation_h
+        column = column + geometry.padding_w - s * geometry.dilation_w
+        valid = (row >= 0) & (column >= 0) & (row % geometry.stride_h == 0) & (column % geometry.stride_w == 0)
+        row = row // geometry.stride_h
+        column = column // geometry.stride_w
+        valid = valid & (row < geometry.source_height) & (column < geometry.source_width)
     else:
-        row = row * stride_h - padding_h + r * dilation_h
-        column = column * stride_w - padding_w + s * dilation_w
-        valid = (row >= 0) & (column >= 0) & (row < source_height) & (column < source_width)
-    return row * source_width + column, valid
+        row = row * geometry.stride_h - geometry.padding_h + r * geometry.dilation_h
+        column = column * geometry.stride_w - geometry.padding_w + s * geometry.dilation_w
+        valid = (row >= 0) & (column >= 0) & (row < geometry.source_height) & (column < geometry.source_width)
+    return row * geometry.source_width + column, valid
 
 
 @triton.jit

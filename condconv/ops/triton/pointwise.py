@@ -46,7 +46,7 @@ PRODUCT_TILES = [
 
 @triton.autotune(
     tile_configs(("BLOCK_L", "BLOCK_J", "BLOCK_I"), PRODUCT_TILES, (32, 32, 16)),
-    key=["num_positions", "num_columns", "num_inner", "source_stride_c", "FUSE_MIXING", "kernel_stride_i"],
+    key=["num_positions", "num_columns", "num_inner", "source_strides", "FUSE_MIXING", "kernel_stride_i"],
     prune_configs_by={
         "early_config_prune": pruner({"BLOCK_L": "num_positions", "BLOCK_J": "num_columns", "BLOCK_I": "num_inner"})
     },
@@ -61,18 +61,12 @@ def _product_kernel(
     num_columns,
     num_inner,
     num_experts,
-    source_stride_n,
-    source_stride_l,
-    source_stride_c,
+    source_strides,
     kernel_stride,
     kernel_stride_i,
     kernel_stride_j,
-    target_stride_n,
-    target_stride_l,
-    target_stride_c,
-    target_width,
-    row_step,
-    column_step,
+    target_strides,
+    steps,
     STRIDED_SOURCE: tl.constexpr,
     STRIDED_TARGET: tl.constexpr,
     FUSE_MIXING: tl.constexpr,
@@ -89,15 +83,15 @@ def _product_kernel(
     column = (block % blocks_j) * BLOCK_J + tl.arange(0, BLOCK_J)
     here = position[:, None] < num_positions
     wanted = column[None, :] < num_columns
-    far = spread(position, target_width, row_step, column_step, True) if STRIDED_SOURCE or STRIDED_TARGET else position
-    source = source_ptr + n * source_stride_n + (far if STRIDED_SOURCE else position)[:, None] * source_stride_l
+    far = spread(position, steps, True) if STRIDED_SOURCE or STRIDED_TARGET else position
+    source = source_ptr + n * source_strides.n + (far if STRIDED_SOURCE else position)[:, None] * source_strides.l
     kernel = kernel_ptr + column[None, :] * kernel_stride_j
     if not FUSE_MIXING:
         kernel += n * kernel_stride
     acc = tl.zeros((BLOCK_L, BLOCK_J), tl.float32)
     for first in range(0, num_inner, BLOCK_I):
         inner = first + tl.arange(0, BLOCK_I)
-        a = tl.load(source + inner[None, :] * source_stride_c, mask=here & (inner[None, :] < num_inner), other=0.0)
+        a = tl.load(source + inner[None, :] * source_strides.c, mask=here & (inner[None, :] < num_inner), other=0.0)
         offset = inner[:, None] * kernel_stride_i
         mask = wanted & (inner[:, None] < num_inner)
         if FUSE_MIXING:
@@ -111,8 +105,8 @@ def _product_kernel(
         else:
             b = tl.load(kernel + offset, mask=mask, other=0.0)
         acc = dot(a, b, acc, PRECISION)
-    target = target_ptr + n * target_stride_n + (far if STRIDED_TARGET else position)[:, None] * target_stride_l
-    target += column[None, :] * target_stride_c
+    target = target_ptr + n * target_strides.n + (far if STRIDED_TARGET else position)[:, None] * target_strides.l
+    target += column[None, :] * target_strides.c
     tl.store(target, acc.to(target_ptr.dtype.element_ty), mask=here & wanted)
 
 
@@ -147,10 +141,10 @@ def _product(
         num_columns,
         source.shape[1],
         0 if routing_nE is None else routing_nE.shape[1],
-        *source_strides,
+        source_strides,
         *kernel_strides,
-        *target_strides,
-        *steps[:3],
+        target_strides,
+        steps,
         STRIDED_SOURCE=steps.strided and not strided_target,
         STRIDED_TARGET=steps.strided and strided_target,
         FUSE_MIXING=routing_nE is not None,

@@ -51,13 +51,9 @@ def _block_of_one(
     num_positions,
     num_rows,
     num_columns,
-    y_stride_l,
-    y_stride_c,
-    x_stride_l,
-    x_stride_c,
-    target_width,
-    row_step,
-    column_step,
+    y_strides,
+    x_strides,
+    steps,
     STRIDED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -68,14 +64,14 @@ def _block_of_one(
     acc = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
     for first in range(0, num_positions, BLOCK_L):
         position = first + tl.arange(0, BLOCK_L)
-        far = spread(position, target_width, row_step, column_step, STRIDED)
+        far = spread(position, steps, STRIDED)
         a = tl.load(
-            grad_y + position[None, :] * y_stride_l + row[:, None] * y_stride_c,
+            grad_y + position[None, :] * y_strides.l + row[:, None] * y_strides.c,
             mask=(position[None, :] < num_positions) & (row[:, None] < num_rows),
             other=0.0,
         )
         b = tl.load(
-            x + far[:, None] * x_stride_l + column[None, :] * x_stride_c,
+            x + far[:, None] * x_strides.l + column[None, :] * x_strides.c,
             mask=(position[:, None] < num_positions) & (column[None, :] < num_columns),
             other=0.0,
         )
@@ -85,7 +81,7 @@ def _block_of_one(
 
 @triton.autotune(
     tile_configs(("BLOCK_K", "BLOCK_C", "BLOCK_L"), GRADIENT_TILES, (32, 32, 32)),
-    key=["num_positions", "num_rows", "num_columns", "x_stride_c"],
+    key=["num_positions", "num_rows", "num_columns", "x_strides"],
     prune_configs_by={
         "early_config_prune": pruner({"BLOCK_K": "num_rows", "BLOCK_C": "num_columns", "BLOCK_L": "num_positions"})
     },
@@ -98,15 +94,9 @@ def _kernel_gradient_kernel(
     num_positions,
     num_rows,
     num_columns,
-    y_stride_n,
-    y_stride_l,
-    y_stride_c,
-    x_stride_n,
-    x_stride_l,
-    x_stride_c,
-    target_width,
-    row_step,
-    column_step,
+    y_strides,
+    x_strides,
+    steps,
     STRIDED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -120,20 +110,16 @@ def _kernel_gradient_kernel(
     row = (block // blocks_c) * BLOCK_K + tl.arange(0, BLOCK_K)
     column = (block % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
     acc = _block_of_one(
-        grad_y_ptr + n * y_stride_n,
-        x_ptr + n * x_stride_n,
+        grad_y_ptr + n * y_strides.n,
+        x_ptr + n * x_strides.n,
         row,
         column,
         num_positions,
         num_rows,
         num_columns,
-        y_stride_l,
-        y_stride_c,
-        x_stride_l,
-        x_stride_c,
-        target_width,
-        row_step,
-        column_step,
+        y_strides,
+        x_strides,
+        steps,
         STRIDED,
         PRECISION,
         BLOCK_K,
@@ -159,15 +145,9 @@ def _fused_kernel(
     num_positions,
     num_rows,
     num_columns,
-    y_stride_n,
-    y_stride_l,
-    y_stride_c,
-    x_stride_n,
-    x_stride_l,
-    x_stride_c,
-    target_width,
-    row_step,
-    column_step,
+    y_strides,
+    x_strides,
+    steps,
     NEED_ROUTING: tl.constexpr,
     NEED_WEIGHT: tl.constexpr,
     STRIDED: tl.constexpr,
@@ -186,8 +166,8 @@ def _fused_kernel(
     e = tl.arange(0, BLOCK_E)
     first = part * examples_per_program
     last = tl.minimum(first + examples_per_program, num_examples)
-    grad_y = grad_y_ptr + first.to(tl.int64) * y_stride_n
-    x = x_ptr + first.to(tl.int64) * x_stride_n
+    grad_y = grad_y_ptr + first.to(tl.int64) * y_strides.n
+    x = x_ptr + first.to(tl.int64) * x_strides.n
     routing = routing_ptr + first.to(tl.int64) * num_experts + e
     partial_routing = partial_routing_ptr + (block.to(tl.int64) * num_examples + first) * num_experts + e
     num_weights = num_rows * num_columns
@@ -204,13 +184,9 @@ def _fused_kernel(
             num_positions,
             num_rows,
             num_columns,
-            y_stride_l,
-            y_stride_c,
-            x_stride_l,
-            x_stride_c,
-            target_width,
-            row_step,
-            column_step,
+            y_strides,
+            x_strides,
+            steps,
             STRIDED,
             PRECISION,
             BLOCK_K,
@@ -224,8 +200,8 @@ def _fused_kernel(
             weight = tl.load(weight_ptr + offset, mask=expert_mask, other=0.0).to(tl.float32)
             partial = tl.sum(tl.sum(weight * grad_kernel, 2), 1)
             tl.store(partial_routing, partial, mask=e < num_experts)
-        grad_y += y_stride_n
-        x += x_stride_n
+        grad_y += y_strides.n
+        x += x_strides.n
         routing += num_experts
         partial_routing += num_experts
     if NEED_WEIGHT:
@@ -249,9 +225,9 @@ def kernel_gradient(grad_y_nKPQ: Tensor, x_nCHW: Tensor, grad_kernel_nKTC: Tenso
         grad_y_nKPQ[0, 0].numel(),
         num_rows,
         num_columns,
-        *call.y,
-        *call.x,
-        *steps[:3],
+        call.y,
+        call.x,
+        steps,
         STRIDED=steps.strided,
         PRECISION=matmul_precision(x_nCHW.dtype),
     )
@@ -316,9 +292,9 @@ def expert_gradients(
         grad_y_NKPQ[0, 0].numel(),
         num_rows,
         num_columns,
-        *Strides.of(grad_y_NKPQ.shape, channels_last),
-        *Strides.of(x_NCHW.shape, channels_last),
-        *Steps.of(x_NCHW, grad_y_NKPQ, spec)[:3],
+        Strides.of(grad_y_NKPQ.shape, channels_last),
+        Strides.of(x_NCHW.shape, channels_last),
+        Steps.of(x_NCHW, grad_y_NKPQ, spec),
         NEED_ROUTING=need_routing,
         NEED_WEIGHT=need_weight,
         STRIDED=spec.stride != (1, 1),
