@@ -32,7 +32,7 @@ def choose(problem: Problem) -> Choice:
     """The backend for a problem: the fastest one measured by `condconv.autotune`, else what the rule says."""
     for recorder in _recorders:
         recorder.append(problem)
-    if problem in _measured:
+    if _measured and problem in _measured:
         return Choice(_measured[problem], "measured by autotune")
     return rule(problem)
 

@@ -19,12 +19,13 @@ from condconv.ops.spec import (
     convolution_gradient,
     crop_to_live_taps,
     is_channels_last,
-    memory_format_of,
     mixing_dtype,
 )
 
 BLOCK = 1 << 18
 """Weights of a block: 1 MB in float32, shared by the threads, inside the L2 of the cores."""
+SMALLEST_BLOCK = 1 << 14
+"""Kernels of fewer weights are made by one call."""
 
 
 def supports(problem: Problem) -> str | None:
@@ -34,8 +35,8 @@ def supports(problem: Problem) -> str | None:
 
 def mix(routing_E: Tensor, weight_EM: Tensor) -> Tensor:
     """`sum_e a_e W_e`, `[M]`, in the dtype of the routing weights."""
-    if weight_EM.device.type != "cpu":
-        return torch.mv(weight_EM.to(routing_E.dtype).t(), routing_E)
+    if weight_EM.device.type != "cpu" or weight_EM.shape[1] < SMALLEST_BLOCK:
+        return torch.mm(routing_E.unsqueeze(0), weight_EM.to(routing_E.dtype)).squeeze(0)
     mixed_M = routing_E.new_empty(weight_EM.shape[1])
     factors = routing_E.tolist()
     for start in range(0, mixed_M.shape[0], BLOCK):
@@ -50,15 +51,17 @@ def mix(routing_E: Tensor, weight_EM: Tensor) -> Tensor:
 def forward(x_NCHW: Tensor, routing_NE: Tensor, weight_EKCRS: Tensor, spec: ConvSpec, workspace_bytes: int) -> Tensor:
     """Per-example convolution without bias; the workspace is the one kernel."""
     weight_EKCRS, spec, _ = crop_to_live_taps(weight_EKCRS, (x_NCHW.shape[2], x_NCHW.shape[3]), spec)
+    channels_last = is_channels_last(x_NCHW)
     dtype = mixing_dtype(x_NCHW, routing_NE, weight_EKCRS)
     mixed_M = mix(routing_NE[0].to(dtype), weight_EKCRS.flatten(1))
     kernel_KCRS = mixed_M.to(x_NCHW.dtype).view(weight_EKCRS.shape[1:])
     pointwise = spec.groups == 1 and spec.is_pointwise((kernel_KCRS.shape[2], kernel_KCRS.shape[3]))
-    if pointwise and spec.stride == (1, 1) and is_channels_last(x_NCHW):
+    if pointwise and spec.stride == (1, 1) and channels_last:
         rows_LC = x_NCHW.permute(0, 2, 3, 1).flatten(0, 2)
         y_LK = torch.mm(rows_LC, kernel_KCRS.flatten(1).t())
         return y_LK.view(1, *x_NCHW.shape[2:], -1).permute(0, 3, 1, 2)
-    return F.conv2d(x_NCHW, kernel_KCRS, None, *spec).contiguous(memory_format=memory_format_of(x_NCHW))
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return F.conv2d(x_NCHW, kernel_KCRS, None, *spec).contiguous(memory_format=memory_format)
 
 
 def backward(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,21 +58,11 @@ class Problem:
     @classmethod
     def of(cls, x_NCHW: Tensor, weight_EKCRS: Tensor, spec: ConvSpec, training: bool) -> Problem:
         """Describe the convolution of `x_NCHW` by `weight_EKCRS`; `training`: gradients will be asked for."""
+        batch, in_channels, height, width = x_NCHW.shape
         experts, out_channels, _, kernel_height, kernel_width = weight_EKCRS.shape
-        return cls(
-            batch=x_NCHW.shape[0],
-            in_channels=x_NCHW.shape[1],
-            size_HW=(x_NCHW.shape[2], x_NCHW.shape[3]),
-            out_channels=out_channels,
-            kernel_RS=(kernel_height, kernel_width),
-            experts=experts,
-            spec=spec,
-            dtype=x_NCHW.dtype,
-            weight_dtype=weight_EKCRS.dtype,
-            device=x_NCHW.device.type,
-            channels_last=is_channels_last(x_NCHW),
-            training=training,
-        )
+        size_HW, kernel_RS, dtypes = (height, width), (kernel_height, kernel_width), (x_NCHW.dtype, weight_EKCRS.dtype)
+        facts = (*dtypes, x_NCHW.device.type, is_channels_last(x_NCHW), training)
+        return _problem(batch, in_channels, size_HW, out_channels, kernel_RS, experts, spec, *facts)
 
     @property
     def output_PQ(self) -> tuple[int, int]:
@@ -94,6 +84,12 @@ class Problem:
         taps_R, taps_S = live_taps(self.size_HW, self.kernel_RS, self.spec)
         taps = (taps_R.stop - taps_R.start) * (taps_S.stop - taps_S.start)
         return self.out_channels * (self.in_channels // self.spec.groups) * taps
+
+
+@lru_cache(maxsize=4096)
+def _problem(*facts: Any) -> Problem:
+    """The same object for the same facts: at batch 1 it is a noticeable part of a layer to make and compare one."""
+    return Problem(*facts)
 
 
 class Taps(NamedTuple):
@@ -183,7 +179,7 @@ def memory_format_of(x_NCHW: Tensor) -> torch.memory_format:
 
 def mixing_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype kernels are mixed in: float64 when any tensor is float64, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    return torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
