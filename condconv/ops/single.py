@@ -41,7 +41,7 @@ def mix(routing_E: Tensor, weight_EM: Tensor) -> Tensor:
     factors = routing_E.tolist()
     for start in range(0, mixed_M.shape[0], BLOCK):
         block = mixed_M[start : start + BLOCK]
-        experts = weight_EM[:, start : start + BLOCK].unbind()
+        experts = weight_EM[:, start : start + BLOCK].to(mixed_M.dtype).unbind()
         torch.mul(experts[0], factors[0], out=block)
         for factor, expert in zip(factors[1:], experts[1:], strict=True):
             block.add_(expert, alpha=factor)
