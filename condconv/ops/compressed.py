@@ -21,7 +21,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from condconv.ops import mixture
+from condconv.ops import mixture, single
 from condconv.ops.choice import choose
 from condconv.ops.chunked import AUTOMATIC_WORKSPACE_BYTES, PerExampleConv, _Tile, _workspace, plan_tiles
 from condconv.ops.depthwise import Depthwise
@@ -39,6 +39,7 @@ CONVOLUTIONS: dict[str, type[PerExampleConv]] = {
     "grouped": Grouped,
 }
 """Backends that mix kernels first; the others read experts as they are."""
+SINGLE = "single"
 
 EXPERT_DTYPES = ("bf16", "int8")
 _ZERO_POINT, _LEVELS, _TAIL_BYTES = 128, 127, 8
@@ -139,6 +140,12 @@ class Mixer:
         kernel_nkCRS = mixed.to(self.compute_dtype).view(routing_nE.shape[0], -1, *self.kernel_CRS)
         return kernel_nkCRS[..., self.where_RS[0], self.where_RS[1]]
 
+    def only_kernel(self) -> Tensor:
+        """`[K, C/G, R, S]` of a single example, all output channels."""
+        if len(self.tiles) == 1:
+            return self.kernels(self.tiles[0])[0]
+        return torch.cat([self.kernels(tile)[0].clone() for tile in self.tiles])
+
     def _sum_rows(self, routing_nE: Tensor, tile: _Tile) -> Tensor:
         batch, experts = routing_nE.shape
         channels = tile.channels.stop - tile.channels.start
@@ -191,6 +198,8 @@ def _choose(name: str, problem: Problem) -> str:
         get_backend(name, problem)  # raises where it cannot run
         return name
     chosen = choose(problem).backend
+    if chosen == SINGLE:
+        return chosen
     pointwise = problem.spec.groups == 1 and problem.spec.is_pointwise(problem.kernel_RS)
     if chosen in CONVOLUTIONS or (chosen == "mixture" and pointwise and problem.batch > _MOST_BAGS):
         return chosen
@@ -239,6 +248,8 @@ def compressed_conv2d(
         mixer = Mixer(x_NCHW, routing_NE, experts_EKB, kernel_CRS, where, groups, workspace_bytes)
         live_RS = (rows.stop - rows.start, columns.stop - columns.start)
         spec = spec._replace(padding=(rows.padding, columns.padding))
+        if chosen == SINGLE:
+            return single.convolve(x_NCHW, mixer.only_kernel(), spec)
         y_NKPQ = _empty_output(x_NCHW, experts_EKB, [kernel_CRS[0], *live_RS], spec)
         for tile in mixer.tiles:
             if tile.channels.start == 0:

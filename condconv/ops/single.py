@@ -51,10 +51,14 @@ def mix(routing_E: Tensor, weight_EM: Tensor) -> Tensor:
 def forward(x_NCHW: Tensor, routing_NE: Tensor, weight_EKCRS: Tensor, spec: ConvSpec, workspace_bytes: int) -> Tensor:
     """Per-example convolution without bias; the workspace is the one kernel."""
     weight_EKCRS, spec, _ = crop_to_live_taps(weight_EKCRS, (x_NCHW.shape[2], x_NCHW.shape[3]), spec)
-    channels_last = is_channels_last(x_NCHW)
     dtype = mixing_dtype(x_NCHW, routing_NE, weight_EKCRS)
     mixed_M = mix(routing_NE[0].to(dtype), weight_EKCRS.flatten(1))
-    kernel_KCRS = mixed_M.to(x_NCHW.dtype).view(weight_EKCRS.shape[1:])
+    return convolve(x_NCHW, mixed_M.to(x_NCHW.dtype).view(weight_EKCRS.shape[1:]), spec)
+
+
+def convolve(x_NCHW: Tensor, kernel_KCRS: Tensor, spec: ConvSpec) -> Tensor:
+    """The ordinary convolution, in the memory format of its input; a pointwise one in channels last is a product."""
+    channels_last = is_channels_last(x_NCHW)
     pointwise = spec.groups == 1 and spec.is_pointwise((kernel_KCRS.shape[2], kernel_KCRS.shape[3]))
     if pointwise and spec.stride == (1, 1) and channels_last:
         rows_LC = x_NCHW.permute(0, 2, 3, 1).flatten(0, 2)
