@@ -5,8 +5,7 @@ for the forward and for the input gradient. The kernel gradient is a depthwise c
 = sum_pq dy[c,p,q] x[c, p*stride + r*dilation - padding, ...]`, that is, dy is the kernel, and stride and dilation
 change places. On small maps this is several times faster than the library's own weight gradient.
 
-In channels last, folding copies the maps, in and out. Where one example is enough work for a call of the library, a
-loop over examples is faster: it reads the maps where they are, and copies results that are still in the cache.
+Large examples in channels last are not folded, which would copy them: `loop`.
 """
 
 from __future__ import annotations
@@ -15,14 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from condconv.ops import loop
 from condconv.ops.chunked import PerExampleConv, store
 from condconv.ops.spec import ConvSpec, Problem, convolution_gradient, is_channels_last
 
 LARGEST_GRADIENT_KERNEL = 16 * 16
 """Maps of dy with more positions than this go to the library's weight gradient instead of serving as kernels."""
-
-SMALLEST_LOOP_EXAMPLE = 1 << 15
-"""Numbers in a channels-last example from which on the loop is faster on a CPU: 1152 x 7 x 7 is, 672 x 4 x 4 is not."""
 
 
 def supports(problem: Problem) -> str | None:
@@ -57,8 +54,7 @@ class Depthwise(PerExampleConv):
         # What is left of any kernel on a 1x1 map only scales each channel. That must not reach the library: on one
         # thread it runs 1x1 kernels group by group.
         self.scales = kernel_RS == (1, 1) and spec.padding == (0, 0) and spec.stride == (1, 1)
-        large = x_NCHW[0].numel() >= SMALLEST_LOOP_EXAMPLE
-        self.loops = self.channels_last and large and x_NCHW.device.type == "cpu"
+        self.loops = loop.is_faster(x_NCHW)
 
     def forward(self, kernel_NKCRS: Tensor, y_NKPQ: Tensor) -> None:
         """Depthwise convolution of the folded batch, or of one example after another."""
@@ -66,8 +62,7 @@ class Depthwise(PerExampleConv):
             torch.mul(self.x_NCHW, kernel_NKCRS[:, :, 0], out=y_NKPQ)
             return
         if self.loops:
-            for x_1CHW, kernel_KCRS, y_KPQ in zip(self.x_NCHW.split(1), kernel_NKCRS, y_NKPQ, strict=True):
-                y_KPQ.copy_(F.conv2d(x_1CHW, kernel_KCRS, None, *self.spec)[0])
+            loop.forward(self.x_NCHW, kernel_NKCRS, y_NKPQ, self.spec)
             return
         kernels, spec = kernel_NKCRS.flatten(0, 1), self.spec
         folded = F.conv2d(_fold(self.x_NCHW), kernels, None, spec.stride, spec.padding, spec.dilation, kernels.shape[0])
@@ -79,10 +74,7 @@ class Depthwise(PerExampleConv):
             store(grad_x_NCHW, grad_y_NKPQ * kernel_NKCRS[:, :, 0], first)
             return
         if self.loops:
-            examples = zip(grad_y_NKPQ.split(1), self.x_NCHW.split(1), kernel_NKCRS, grad_x_NCHW, strict=True)
-            for grad_1KPQ, x_1CHW, kernel_KCRS, target_CHW in examples:
-                grad = convolution_gradient(grad_1KPQ, x_1CHW, kernel_KCRS, self.spec, [True, False, False])[0]
-                store(target_CHW, grad[0], first)
+            loop.input_gradient(grad_y_NKPQ, self.x_NCHW, kernel_NKCRS, grad_x_NCHW, self.spec, first)
             return
         folded = self._library_gradient(grad_y_NKPQ, kernel_NKCRS.flatten(0, 1), [True, False, False])[0]
         _store_unfolded(grad_x_NCHW, folded, self.channels_last, first)

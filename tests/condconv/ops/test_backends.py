@@ -58,6 +58,9 @@ GROUPED = [
     Case(channels=3, out_channels=6, groups=3, padding=(1, 1)),
     Case(channels=3, out_channels=6, groups=3, kernel=(1, 1)),
     Case(batch=0, channels=6, out_channels=4, groups=2),
+    # Enough for a loop over examples in channels last; the second one for kernel gradients too.
+    Case(batch=2, channels=6, out_channels=4, groups=2, padding=(1, 1), size=(75, 76)),
+    Case(batch=2, channels=8, out_channels=4, groups=4, size=(128, 129), stride=(2, 3)),
 ]
 DEPTHWISE = [
     Case(channels=5, out_channels=5, groups=5, **geometry)  # type: ignore[arg-type] - values of several types
