@@ -1,7 +1,7 @@
 """Which backend runs a layer when the user says "auto": the measured one if there is one, else one by rule.
 
 The rule knows few facts. Kernel mixing moves N x P numbers and costs E multiply-adds for each; running every expert
-costs E convolutions. So on maps of few positions the mixture form is cheaper, on larger maps mixing first is. Dense k x k
+costs E convolutions. So on maps of few positions the mixture form is cheaper, on larger maps mixing first. Dense k x k
 layers go to products of unfolded patches: on a CPU those beat grouped convolution in every pass of every shape of the
 ResNets (docs/experiments.md, "Which algorithm for k x k layers on a CPU?"). Nothing has been measured on a GPU yet, so
 there the rule never names a Triton kernel: batched matrix products, the mixture form and grouped convolution are its
