@@ -38,9 +38,9 @@ class SceneStyle:
         noise: largest standard deviation (0..255) of the pixel noise.
     """
 
-    max_digits: int = 6
+    max_digits: int = 5
     empty: float = 0.06
-    size: tuple[float, float] = (0.2, 0.55)
+    size: tuple[float, float] = (0.25, 0.7)
     overlap: float = 0.25
     clutter: int = 5
     contrast: float = 70.0
