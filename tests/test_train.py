@@ -151,12 +151,19 @@ def test_a_failed_job_does_not_end_the_sweep(commands: Commands) -> None:
 
 @pytest.mark.parametrize("preset", ["fast", "profile"])
 def test_debug_presets(preset: str, commands: Commands) -> None:
-    code, _, err = commands.train(*TINY, f"debug={preset}", "trainer.limit_train_batches=2")
+    batches = {"fast": 2, "profile": 6}[preset]
+    code, _, err = commands.train(*TINY, f"debug={preset}", f"trainer.limit_train_batches={batches}")
     assert code == 0, err
     folder = only_run(commands)
     if preset == "profile":
-        (trace,) = folder.glob("*.pt.trace.json")
-        assert json.loads(trace.read_text())["traceEvents"]
+        (trace,) = folder.glob("*.training_step.*.pt.trace.json")
+        events = json.loads(trace.read_text())["traceEvents"]
+        assert trace.stat().st_size < 50e6, "a few steps, not all of them"
+        names = {event["name"] for event in events if event.get("cat") == "user_annotation" and event["dur"] > 0}
+        for phase in ("train_dataloader_next", "training_step", "backward", "optimizer_step"):
+            assert any(name.endswith((f".{phase}", f"].{phase}")) for name in names), phase
+        steps = [event["name"] for event in events if event["name"].startswith("ProfilerStep#")]
+        assert 1 <= len(set(steps)) <= 3
 
 
 def test_overfit_preset_drives_one_batch_to_certainty(tmp_path: Path) -> None:
