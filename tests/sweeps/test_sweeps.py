@@ -65,13 +65,13 @@ JOBS = {
         "condconv.experts=2",
         "experts-0 dropout-0.0 dropout-0.1 dropout-0.2 dropout-0.4 expert_dropout-0.1 expert_dropout-0.2 "
         "expert_dropout-0.4",
-        "hydra.sweeper.variants=[[condconv.dropout=0.4],[condconv.expert_dropout=0.4]]",
+        "hydra.sweeper.variants=[['condconv.dropout=0.4'],['condconv.expert_dropout=0.4']]",
     ),
     "temperature": (
         "condconv.experts=2",
         "experts-0 routing-fc routing-softmax_temperature-0.1 routing-softmax_temperature-0.3 "
         "routing-softmax_temperature-1.0 routing-softmax_temperature-3.0 routing-softmax_temperature-10.0",
-        "hydra.sweeper.variants=[[condconv.routing=softmax,condconv.temperature=3.0]]",
+        "hydra.sweeper.variants=[['condconv.routing=softmax','condconv.temperature=3.0']]",
     ),
     "iso": ("condconv.experts=1", "experts-1 experts-0 experts-0_width experts-0_depth", ""),
 }
