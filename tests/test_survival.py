@@ -122,7 +122,7 @@ def test_random_kill_points_on_two_processes(step: int, rank: int, undisturbed_p
         ["data.num_workers=2"],  # which have fetched ahead
         ["trainer.accumulate_grad_batches=2"],
         ["trainer.max_steps=9"],
-        ["optim=sgd", "model.drop_path_rate=0.3", "model=efficientnet_b0", "model.width=null", "trainer.max_epochs=2"],
+        ["optim=sgd", "model.drop_path_rate=0.3", "model=efficientnet_b0", "trainer.max_epochs=2"],
     ],
     ids=["workers", "accumulation", "max_steps", "efficientnet"],
 )
