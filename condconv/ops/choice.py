@@ -42,12 +42,14 @@ def choose(problem: Problem) -> Choice:
 def rule(problem: Problem) -> Choice:
     """The backend for a problem when nothing was measured."""
     positions = problem.positions
-    if problem.batch == 1 and problem.device == "cpu":
+    taps_R, taps_S = live_taps(problem.size_HW, problem.kernel_RS, problem.spec)
+    live_RS = (taps_R.stop - taps_R.start, taps_S.stop - taps_S.start)
+    # Kernels with groups of which a single tap is left: on one thread the library runs those group by group.
+    is_scale = problem.spec.groups > 1 and live_RS == (1, 1)
+    if problem.batch == 1 and problem.device == "cpu" and not is_scale:
         return Choice("single", "one example: a static convolution, once its kernel is mixed")
     if problem.is_depthwise:
         return Choice("depthwise", "depthwise: the batch folds into the channels")
-    taps_R, taps_S = live_taps(problem.size_HW, problem.kernel_RS, problem.spec)
-    live_RS = (taps_R.stop - taps_R.start, taps_S.stop - taps_S.start)
     spec = problem.spec._replace(padding=(taps_R.padding, taps_S.padding))
     if problem.spec.groups > 1:
         return Choice("grouped", "grouped: the batch folds into the groups")

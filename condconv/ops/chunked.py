@@ -21,7 +21,7 @@ from torch import Tensor
 
 from condconv.ops.spec import ConvSpec, crop_to_live_taps, memory_format_of, mixing_dtype
 
-AUTOMATIC_WORKSPACE_BYTES = {"cpu": 4 << 20, "cuda": 24 << 20}
+AUTOMATIC_WORKSPACE_BYTES = {"cpu": 16 << 20, "cuda": 24 << 20}
 """Workspace when the caller gives 0: inside the last-level cache of one CPU core complex, inside the L2 of a data-
 centre GPU."""
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from condconv.ops.chunked import _workspace as workspace
 from condconv.ops.chunked import restore_dead_taps
 from condconv.ops.spec import (
     ConvSpec,
@@ -24,6 +25,8 @@ from condconv.ops.spec import (
 
 BLOCK = 1 << 18
 """Weights of a block: 1 MB in float32, shared by the threads, inside the L2 of the cores."""
+LARGEST_KEPT = 1 << 22
+"""Weights of the largest kernel whose memory is kept for the next layer."""
 SMALLEST_BLOCK = 1 << 14
 """Kernels of fewer weights are made by one call."""
 
@@ -34,10 +37,10 @@ def supports(problem: Problem) -> str | None:
 
 
 def mix(routing_E: Tensor, weight_EM: Tensor) -> Tensor:
-    """`sum_e a_e W_e`, `[M]`, in the dtype of the routing weights."""
+    """`sum_e a_e W_e`, `[M]`, in the dtype of the routing weights; on a CPU it holds until the next call."""
     if weight_EM.device.type != "cpu" or weight_EM.shape[1] < SMALLEST_BLOCK:
         return torch.mm(routing_E.unsqueeze(0), weight_EM.to(routing_E.dtype)).squeeze(0)
-    mixed_M = routing_E.new_empty(weight_EM.shape[1])
+    mixed_M = _buffer(weight_EM.shape[1], routing_E)
     factors = routing_E.tolist()
     for start in range(0, mixed_M.shape[0], BLOCK):
         block = mixed_M[start : start + BLOCK]
@@ -46,6 +49,11 @@ def mix(routing_E: Tensor, weight_EM: Tensor) -> Tensor:
         for factor, expert in zip(factors[1:], experts[1:], strict=True):
             block.add_(expert, alpha=factor)
     return mixed_M
+
+
+def _buffer(numel: int, like: Tensor) -> Tensor:
+    """Memory for a kernel. Touching fresh memory costs more than the work in it, so what is not huge is kept."""
+    return workspace.get(numel, like, "single") if numel <= LARGEST_KEPT else like.new_empty(numel)
 
 
 def forward(x_NCHW: Tensor, routing_NE: Tensor, weight_EKCRS: Tensor, spec: ConvSpec, workspace_bytes: int) -> Tensor:

@@ -156,7 +156,7 @@ def test_the_meter_sees_what_it_should() -> None:
 
 
 def test_the_automatic_workspace_is_small_whatever_the_batch() -> None:
-    case = Case(batch=96, channels=96, out_channels=64, kernel=(3, 3), size=(2, 2), padding=(1, 1), experts=2)
+    case = Case(batch=320, channels=96, out_channels=64, kernel=(3, 3), size=(2, 2), padding=(1, 1), experts=2)
     assert mixed_kernels(case) > 4 * max(chunked.AUTOMATIC_WORKSPACE_BYTES["cpu"], 1 << 20)
     x, routing, weight, _ = case.tensors(torch.float32)
     chunked._workspace.buffers.clear()

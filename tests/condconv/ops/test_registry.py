@@ -47,6 +47,8 @@ def test_single_takes_every_layer_of_one_example() -> None:
         assert case._replace(batch=1).supported_by("single")
         assert not case._replace(batch=2).supported_by("single")
         assert choose(case._replace(batch=1).problem()).backend == "single"
+    one_tap = DEPTHWISE._replace(batch=1, size=(1, 1), padding=(1, 1))
+    assert choose(one_tap.problem()).backend == "depthwise", "the library runs such kernels group by group"
 
 
 @pytest.mark.parametrize("name", CPU_BACKENDS)
