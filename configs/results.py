@@ -28,10 +28,6 @@ STATUSES = ("running", "finished", "failed", "interrupted")
 DISTRIBUTIONS = {"torch": "torch", "torchvision": "torchvision", "timm": "timm", "lightning": "pytorch-lightning"}
 
 
-class Interrupted(Exception):
-    """Raised inside `recorded` by who stops a run early on purpose (a signal, a time limit)."""
-
-
 class RunRecord:
     """Keeps a run's result.json: written when it starts, at every checkpoint and when it ends.
 
@@ -122,8 +118,8 @@ def recorded(record: RunRecord, trainer: Any) -> Iterator[dict[str, float]]:
         yield figures
         record.note(trainer)
         status = "finished"
-    except (KeyboardInterrupt, SystemExit, Interrupted) as stop:  # Lightning turns Ctrl-C into an exit
-        status, message = "interrupted", str(stop) if isinstance(stop, Interrupted) else None
+    except (KeyboardInterrupt, SystemExit):  # a signal, a time limit, Ctrl-C: each ends as an exit
+        status = "interrupted"
         raise
     except Exception as error:
         from configs.messages import explain

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from configs.results import METRICS_FILE, ROOT, RunRecord, now, read_result, write_result
-from configs.runs import CONFIG_FILE
+from configs.runs import CONFIG_FILE, LAST, newest_good
 from sweeps.plan import Job
 
 LOG_FILE = "log.txt"
@@ -67,7 +67,7 @@ class JobRun:
 
     def arguments(self) -> list[str]:
         """Of train.py: anew, or from the last checkpoint if there is one."""
-        if (self.folder / "checkpoints" / "last.ckpt").is_file() and (self.folder / CONFIG_FILE).is_file():
+        if (self.folder / CONFIG_FILE).is_file() and newest_good(self.folder / LAST):
             return [f"resume={quoted(self.folder)}"]
         return [*self.overrides, f"paths.run={quoted(self.folder)}"]
 

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from sweeps.plan import Job
 
 # A training without torch: takes what train.py takes, behaves as its first override says, leaves what train.py leaves.
 SCRIPT = """
-import ast, json, os, pathlib, signal, sys, time
+import ast, json, os, pathlib, signal, sys, time, zipfile
 words = dict(word.split("=", 1) for word in sys.argv[1:])
 resumed = "resume" in words
 folder = pathlib.Path(ast.literal_eval(words.get("resume") or words["paths.run"]))
@@ -34,7 +35,7 @@ def write(status, **more):
 write("running")
 def leave(number, frame):
     (folder / "checkpoints").mkdir(exist_ok=True)
-    (folder / "checkpoints" / "last.ckpt").touch()
+    zipfile.ZipFile(folder / "checkpoints" / "last.ckpt", "w").close()
     write("interrupted"); sys.exit(75)
 signal.signal(signal.SIGTERM, leave)
 if how == "crashes": os.kill(os.getpid(), signal.SIGSEGV)
@@ -94,9 +95,11 @@ def test_an_unfinished_job_goes_on_or_begins_anew(script: Path) -> None:
     result = read_result(run.folder)
     assert run.state == "finished" and result["resumed"] is False
     assert not (run.folder / "metrics.csv").exists(), "without a checkpoint nothing of the earlier start is kept"
-    # With a checkpoint it is resumed.
+    # A checkpoint that was cut off is none, but the one before it will do.
     (run.folder / "checkpoints").mkdir()
     (run.folder / "checkpoints" / "last.ckpt").touch()
+    assert not run.command()[-1].startswith("resume=")
+    zipfile.ZipFile(run.folder / "checkpoints" / "last-1.ckpt", "w").close()
     write_result(run.folder, {**result, "status": "running"})
     assert state_on_disk(run.folder) == "unfinished"
     run.run(threading.Event(), threading.Event())
