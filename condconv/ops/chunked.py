@@ -26,6 +26,10 @@ AUTOMATIC_WORKSPACE_BYTES = {"cpu": 16 << 20, "cuda": 24 << 20}
 centre GPU."""
 
 
+PATCHES_BYTES = 16 << 20
+"""Most memory for what a convolution lays out beside kernels; a tile takes fewer examples where it would be more."""
+
+
 class PerExampleConv(abc.ABC):
     """The convolution of a few examples with kernels of their own; one subclass for each way to compute it.
 
@@ -41,6 +45,11 @@ class PerExampleConv(abc.ABC):
         self.x_NCHW = x_NCHW
         self.kernel_RS = kernel_RS
         self.spec = spec
+
+    @classmethod
+    def bytes_per_example(cls, x_NCHW: Tensor, kernel_RS: tuple[int, int], spec: ConvSpec) -> int:
+        """Memory that the convolution of an example takes beyond its arguments and results, for patches."""
+        return 0
 
     @abc.abstractmethod
     def forward(self, kernel_NKCRS: Tensor, y_NKPQ: Tensor) -> None:
@@ -89,9 +98,15 @@ _workspace = _Workspace()
 
 
 def plan_tiles(
-    batch: int, out_channels: int, weights_per_channel: int, split_channels: bool, itemsize: int, budget_bytes: int
+    batch: int,
+    out_channels: int,
+    weights_per_channel: int,
+    split_channels: bool,
+    itemsize: int,
+    budget_bytes: int,
+    most_examples: int | None = None,
 ) -> list[_Tile]:
-    """Tiles of (examples, output channels) whose mixed kernels fit in the budget.
+    """Tiles of (examples, output channels) whose mixed kernels fit in the budget, of at most so many examples.
 
     Each holds at least one example and 32 output channels.
     Output channels are split first, where they may be; what is then still too large is split over examples.
@@ -99,9 +114,10 @@ def plan_tiles(
     budget = max(1, budget_bytes // itemsize)
     channel_step = out_channels
     if split_channels:
-        fitting = budget // max(1, batch * weights_per_channel)
+        fitting = budget // max(1, min(batch, most_examples or batch) * weights_per_channel)
         channel_step = min(out_channels, max(32, fitting // 16 * 16))
-    example_step = min(batch, max(1, budget // max(1, channel_step * weights_per_channel)))
+    example_step = min(batch, most_examples or batch, max(1, budget // max(1, channel_step * weights_per_channel)))
+    example_step = max(1, example_step)
     return [
         _Tile(slice(n, min(n + example_step, batch)), slice(k, min(k + channel_step, out_channels)))
         for n in range(0, batch, example_step)
@@ -113,7 +129,13 @@ class _Mixer:
     """Mixed kernels of one tile after another, and the way back from their gradients to routing and experts."""
 
     def __init__(
-        self, x_NCHW: Tensor, routing_NE: Tensor, weight_EKCRS: Tensor, split_channels: bool, budget: int
+        self,
+        x_NCHW: Tensor,
+        routing_NE: Tensor,
+        weight_EKCRS: Tensor,
+        split_channels: bool,
+        budget: int,
+        bytes_per_example: int,
     ) -> None:
         self.dtype = mixing_dtype(x_NCHW, routing_NE, weight_EKCRS)
         self.compute_dtype = x_NCHW.dtype
@@ -124,7 +146,13 @@ class _Mixer:
         budget = budget or AUTOMATIC_WORKSPACE_BYTES.get(x_NCHW.device.type, 4 << 20)
         itemsize = torch.finfo(self.dtype).bits // 8
         self.tiles = plan_tiles(
-            x_NCHW.shape[0], weight_EKCRS.shape[1], self.weights_per_channel, split_channels, itemsize, budget
+            x_NCHW.shape[0],
+            weight_EKCRS.shape[1],
+            self.weights_per_channel,
+            split_channels,
+            itemsize,
+            budget,
+            max(1, PATCHES_BYTES // bytes_per_example) if bytes_per_example else None,
         )
 
     def _columns(self, tile: _Tile) -> slice:
@@ -176,7 +204,8 @@ def forward(
     size_HW = (x_NCHW.shape[2], x_NCHW.shape[3])
     weight_EKCRS, spec, _ = crop_to_live_taps(weight_EKCRS, size_HW, spec)
     kernel_RS = (weight_EKCRS.shape[3], weight_EKCRS.shape[4])
-    mixer = _Mixer(x_NCHW, routing_NE, weight_EKCRS, spec.groups == 1, workspace_bytes)
+    per_example = conv.bytes_per_example(x_NCHW, kernel_RS, spec)
+    mixer = _Mixer(x_NCHW, routing_NE, weight_EKCRS, spec.groups == 1, workspace_bytes, per_example)
     y_NKPQ = torch.empty(
         (x_NCHW.shape[0], weight_EKCRS.shape[1], *spec.output_size(size_HW, kernel_RS)),
         dtype=x_NCHW.dtype,
@@ -207,7 +236,9 @@ def backward(
     need_x, need_routing, need_weight = needs
     # The input gradient is a sum over tiles of output channels, which half precision must not accumulate.
     half = x_NCHW.dtype != mixing_dtype(x_NCHW, routing_NE, weight_EKCRS)
-    mixer = _Mixer(x_NCHW, routing_NE, weight_EKCRS, spec.groups == 1 and not (half and need_x), workspace_bytes)
+    split = spec.groups == 1 and not (half and need_x)
+    per_example = conv.bytes_per_example(x_NCHW, kernel_RS, spec)
+    mixer = _Mixer(x_NCHW, routing_NE, weight_EKCRS, split, workspace_bytes, per_example)
     grad_x = torch.empty_like(x_NCHW) if need_x else None
     grad_routing = torch.zeros_like(mixer.routing_NE) if need_routing else None
     grad_weight = mixer.weight_EM.new_empty(mixer.weight_EM.shape, dtype=mixer.dtype) if need_weight else None

@@ -33,6 +33,14 @@ class Gemm(PerExampleConv):
         self.pointwise = spec.groups == 1 and spec.is_pointwise(kernel_RS)
         self.grad_patches_BLD: Tensor | None = None
 
+    @classmethod
+    def bytes_per_example(cls, x_NCHW: Tensor, kernel_RS: tuple[int, int], spec: ConvSpec) -> int:
+        """Of the unfolded patches; those of a pointwise layer are a view."""
+        if spec.groups == 1 and spec.is_pointwise(kernel_RS):
+            return 0
+        height, width = spec.output_size((x_NCHW.shape[2], x_NCHW.shape[3]), kernel_RS)
+        return height * width * x_NCHW.shape[1] * kernel_RS[0] * kernel_RS[1] * x_NCHW.element_size()
+
     @cached_property
     def patches_BLD(self) -> Tensor:
         """`[N * G, L, C/G * R * S]`, strided as it comes; an input gradient alone does without."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from numerics import assert_close
-from oracle import CPU_BACKENDS, Case
+from oracle import CPU_BACKENDS, Case, assert_all_close, run
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -153,6 +153,19 @@ def test_the_meter_sees_what_it_should() -> None:
         registry.BACKENDS["grouped"].forward(x, routing, weight, case.spec, 1 << 40)
     chunked._workspace.buffers.clear()
     assert memory.largest >= mixed_kernels(case)
+
+
+def test_patches_of_few_examples_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unfolded maps are nine times the activation; beyond the limit the batch is walked through."""
+    case = Case(batch=12, channels=32, out_channels=32, size=(20, 20), padding=(1, 1), experts=2)
+    tensors = case.tensors(torch.float32)
+    patches = 4 * 20 * 20 * 32 * 9
+    whole = run(tensors, case.spec, "gemm")
+    monkeypatch.setattr(chunked, "PATCHES_BYTES", 5 * patches)
+    with Memory(*tensors) as memory:
+        parts = run(tensors, case.spec, "gemm")
+    assert memory.largest <= 5 * patches
+    assert_all_close(parts, whole, torch.float32)
 
 
 def test_the_automatic_workspace_is_small_whatever_the_batch() -> None:
