@@ -19,7 +19,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that cannot or should not run here are skipped with the reason in the report, never deselected."""
+    """Tests that cannot or should not run here are skipped with the reason in the report, never deselected.
+
+    Tests marked `forks` come first: after torch.compile autograd refuses to run in a fork of the process.
+    """
+    items.sort(key=lambda item: "forks" not in item.keywords)
     skip_slow = pytest.mark.skip(reason="slow: runs with --slow (make test-slow)")
     skip_gpu = pytest.mark.skip(reason="gpu: no CUDA device on this machine")
     for item in items:

@@ -21,6 +21,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GROUPS = sorted(p.name for p in CONFIGS.iterdir() if p.is_dir() and not p.name.startswith("_") and p.name != "wandb")
 # What a user has to give, and what eval.py alone uses.
 REQUIRED = {
+    "ckpt": "last.ckpt",
     "data.root": "/images",
     "model.arch": "resnet18",
     "pretrained": "static.pth",
@@ -54,7 +55,7 @@ def targets(node: object) -> list[str]:
 @pytest.mark.parametrize("config", [name for name in ALL if name not in FOR_EVAL and not name.startswith("hydra/")])
 def test_every_config_composes_and_resolves(config: str) -> None:
     group, _, name = config.partition("/")
-    cfg = compose_config(f"{group}={name}")
+    cfg = compose_config(f"{group}={name}", name="eval" if group == "analysis" else "train")
     del cfg.hydra
     for key in OmegaConf.missing_keys(cfg):
         assert key in REQUIRED, f"{config} leaves {key} open"

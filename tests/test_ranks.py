@@ -17,6 +17,8 @@ from eval import evaluate
 from models.classification import ClassificationModule
 from train import build_network
 
+pytestmark = pytest.mark.forks
+
 # No dropout: processes draw their own. SGD: Adam makes large steps of tiny gradients, rounding included. float64: this
 # untrained network normalises 1x1 maps over 12 images: rounding grows 100 times in each step, less at a small rate.
 # 359 evaluation images: neither 2 nor 3 divides them.

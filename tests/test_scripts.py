@@ -16,6 +16,8 @@ from survival import TINY, free_port
 from configs.messages import EXIT_REQUEUE
 from configs.results import read_result
 
+pytestmark = pytest.mark.forks
+
 ROOT = Path(__file__).resolve().parents[1]
 SRUN = r"""#!/usr/bin/env bash
 # What srun does, on one machine: N processes with their numbers; signals go to all; the largest exit code counts.

@@ -19,6 +19,8 @@ from condconv import files
 from configs.messages import EXIT_REQUEUE
 from configs.results import read_result
 
+pytestmark = pytest.mark.forks
+
 BATCH = "data.batch_size_per_device=16"
 OFTEN = "callbacks.last.every_n_minutes=0"  # at every place where a checkpoint can be made
 NEVER = "callbacks.last.every_n_minutes=null"  # at the ends of epochs alone

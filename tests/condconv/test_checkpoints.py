@@ -66,11 +66,12 @@ def test_every_backend_gives_timms_logits() -> None:
     for backend in list_backends():
         if backend.startswith("triton"):
             continue  # interpreted here, far too slow; compared with the oracle in tests/condconv/ops
+        batch = slice(1 if backend == "single" else None)  # that one convolves one example
         for layer in layers:  # gemm runs all but depthwise layers, the depthwise backends these alone
             refused = backend.startswith("gemm" if layer.groups > 1 else "depthwise")
             layer.backend = "auto" if refused else backend
         assert any(layer.backend == backend for layer in layers)
-        assert (network(x) - expected).abs().max() < 1e-5 * expected.abs().max(), backend
+        assert (network(x[batch]) - expected[batch]).abs().max() < 1e-5 * expected[batch].abs().max(), backend
 
 
 def test_what_does_not_fit_is_listed_and_nothing_is_loaded() -> None:

@@ -73,6 +73,7 @@ def synced_worker(rank: int, act: bool, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.forks
 def test_two_processes_equal_one_with_the_whole_batch(tmp_path: Path) -> None:
     # Forked: importing everything anew in two processes would take longer than all other tests of this file.
     mp.start_processes(synced_worker, (True, tmp_path), nprocs=len(PARTS), start_method="fork")
