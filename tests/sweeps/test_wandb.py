@@ -72,10 +72,13 @@ def test_sweeps_and_their_wandb_files_vary_the_same() -> None:
 
 
 def test_an_agents_command_trains(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ) -> None:
     """With W&B's variables in the environment, as the agent sets them: the run carries the agent's id."""
-    pytest.importorskip("wandb")
+    # wandb reads its variables once in a process; an agent's command has a process of its own.
+    forget = pytest.importorskip("wandb").teardown
+    forget()
+    request.addfinalizer(forget)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_RUN_ID", "agent123")
     config = yaml.safe_load((ROOT / "configs" / "wandb" / "experts.yaml").read_text())
