@@ -41,8 +41,8 @@ def find_classes(folder: Path) -> list[str]:
     return classes
 
 
-def find_images(folder: Path, classes: Iterable[str], label_of: dict[str, int], limit: int | None) -> list[Example]:
-    """All images below the class folders of `folder`, in sorted order; at most `limit` of each class.
+def find_images(folder: Path, classes: Iterable[str], label_of: dict[str, int]) -> list[Example]:
+    """All images below the class folders of `folder`, in sorted order.
 
     Raises:
         FileNotFoundError: there is no image at all, or none in some class; the message names the folders.
@@ -56,7 +56,7 @@ def find_images(folder: Path, classes: Iterable[str], label_of: dict[str, int], 
             for file in files
             if file.lower().endswith(EXTENSIONS)
         )
-        examples += [Example(path, label_of[name]) for path in files[:limit]]
+        examples += [Example(path, label_of[name]) for path in files]
         if not files:
             empty.append(name)
     kinds = " ".join(EXTENSIONS)

@@ -5,11 +5,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data.base import ImageDataModule
 from data.decoding import choose_decoder
 from data.folder import FolderSource, find_classes, find_images
 from data.shards import ShardIndex, ShardSource, find_shards, open_index
 from data.stored import Source, StoredImages
+from data.subsets import Holdout, check_holdout, first_of_each, split
 from data.transforms import EvalTransform, ImageTransform, TrainTransform, choice
 
 FORMATS = ("auto", "folders", "shards")
@@ -29,6 +32,8 @@ class ImageFolderDataModule(ImageDataModule):
         interpolation: "bicubic" or "bilinear", in training and evaluation.
         max_corrupt: number of unreadable images tolerated in each part; see `data.stored.StoredImages`.
         max_train_per_class, max_val_per_class: use only the first so many images of each class.
+        holdout: images of each class, or a share of them, that are taken from train/ for validation and test; val/ is
+            then not read, so a recipe can be tuned without looking at it. See `data.subsets.split`.
         train_crop, crop_scale, crop_ratio, horizontal_flip, augment, randaugment_ops, randaugment_magnitude,
             random_erasing, dct_scaling: see `data.transforms.TrainTransform`.
         options: see `ImageDataModule`.
@@ -55,6 +60,7 @@ class ImageFolderDataModule(ImageDataModule):
         max_corrupt: int = 10,
         max_train_per_class: int | None = None,
         max_val_per_class: int | None = None,
+        holdout: Holdout = None,
         train_crop: str = "random_resized",
         crop_scale: tuple[float, float] = (0.08, 1.0),
         crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
@@ -77,6 +83,7 @@ class ImageFolderDataModule(ImageDataModule):
         self.decoder = choose_decoder(decoder)
         self.expected_classes = num_classes
         self.max_corrupt = max_corrupt
+        self.holdout = check_holdout(holdout)
         self._index_of: dict[str, ShardIndex] = {}
         self.max_per_class = {"train": max_train_per_class, "val": max_val_per_class}
         self.transforms: dict[str, ImageTransform] = {
@@ -120,29 +127,43 @@ class ImageFolderDataModule(ImageDataModule):
 
     def describe(self) -> str:
         where = "shards" if self.is_sharded else "folders"
-        return f"{super().describe()} ({where}, decoded by {self.decoder})"
+        held = "" if self.holdout is None else "; evaluated on images held out of train/, val/ is not read"
+        return f"{super().describe()} ({where}, decoded by {self.decoder}{held})"
 
     def load(self, train: bool) -> StoredImages:
         part = "train" if train else "val"
-        source = self._shards(part) if self.is_sharded else self._folder(part)
+        source = (self._shards if self.is_sharded else self._folder)(part)
         options = {"max_corrupt": self.max_corrupt, "seed": self.seed, "decoder": self.decoder}
         return StoredImages(source, self.transforms[part], train=train, **options)
 
     def _folder(self, part: str) -> Source:
-        folder = self.root / part
+        folder = self._folder_of(part)
         label_of = {name: label for label, name in enumerate(self.class_names)}
-        classes = self.class_names if part == "train" else self._evaluation_classes()
-        return FolderSource(find_images(folder, classes, label_of, self.max_per_class[part]), folder)
+        classes = self.class_names if folder == "train" else self._evaluation_classes()
+        examples = find_images(self.root / folder, classes, label_of)
+        kept = self._kept(part, np.array([example.label for example in examples]))
+        return FolderSource([examples[position] for position in kept], self.root / folder)
 
     def _shards(self, part: str) -> Source:
-        index = self._indices(part)
+        folder = self._folder_of(part)
+        index = self._indices(folder)
         highest = int(index.labels.max())
         if highest >= self.num_classes:
             raise ValueError(
-                f"the {part} shards in {self.root} have labels up to {highest}, "
+                f"the {folder} shards in {self.root} have labels up to {highest}, "
                 f"but there are {self.num_classes} classes"
             )
-        return ShardSource(index, index.shards[0].parent, self.max_per_class[part])
+        return ShardSource(index, index.shards[0].parent, self._kept(part, index.labels))
+
+    def _folder_of(self, part: str) -> str:
+        return part if self.holdout is None else "train"
+
+    def _kept(self, part: str, labels: np.ndarray) -> np.ndarray:
+        """Positions, among the images of a folder, of those that a part ("train", "val") uses."""
+        if self.holdout is None:
+            return first_of_each(labels, self.max_per_class[part])
+        kept = split(labels, self.holdout, self.class_names)[0 if part == "train" else 1]
+        return kept[first_of_each(labels[kept], self.max_per_class[part])]
 
     def _indices(self, part: str) -> ShardIndex:
         if part not in self._index_of:

@@ -70,7 +70,7 @@ def make_shards(
         found = find_classes(root / part)
         if unknown := sorted(set(found) - set(classes)):
             raise ValueError(f"{root / part} holds {len(unknown)} class folder(s) that train/ has not: {some(unknown)}")
-        examples = find_images(root / part, found, label_of, None)
+        examples = find_images(root / part, found, label_of)
         if part == "train":
             order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
             examples = [examples[position] for position in order.tolist()]

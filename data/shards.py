@@ -232,14 +232,14 @@ class ShardSource:
     Args:
         index: of the shards.
         folder: named in messages.
-        limit: only the first so many images of each class.
+        kept: positions of the images that are used, ascending; None for all.
     """
 
-    def __init__(self, index: ShardIndex, folder: Path, limit: int | None = None) -> None:
+    def __init__(self, index: ShardIndex, folder: Path, kept: np.ndarray | None = None) -> None:
         self.folder = folder
         self.shards = index.shards
         shard_of = np.repeat(np.arange(len(index.shards)), index.counts)
-        kept = np.arange(len(index.labels)) if limit is None else _first_of_each(index.labels, limit)
+        kept = np.arange(len(index.labels)) if kept is None else kept
         self._shard_of, self.labels = shard_of[kept], index.labels[kept]
         self._offsets, self._lengths = index.offsets[kept], index.lengths[kept]
         self.blocks: list[int] = np.bincount(self._shard_of, minlength=len(self.shards)).tolist()
@@ -284,13 +284,3 @@ class ShardSource:
     def __del__(self) -> None:
         for descriptor in getattr(self, "_files", {}).values():
             os.close(descriptor)
-
-
-def _first_of_each(labels: np.ndarray, limit: int) -> np.ndarray:
-    seen: dict[int, int] = {}
-    kept = []
-    for position, label in enumerate(labels.tolist()):
-        seen[label] = seen.get(label, 0) + 1
-        if seen[label] <= limit:
-            kept.append(position)
-    return np.array(kept, dtype=np.int64)

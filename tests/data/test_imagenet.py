@@ -85,6 +85,31 @@ def test_fewer_images_of_each_class(root):
     assert colours(data.val_dataloader()) == [colour("val", label, 0) for label in range(3)]
 
 
+@pytest.mark.parametrize("holdout", [2, 0.34])
+def test_held_out_training_images_stand_in_for_val(root, holdout):
+    shutil.rmtree(root / "val")
+    held = [colour("train", label, number) for label in range(3) for number in (4, 5)]
+    for seed in (1, 2):
+        data = module(root, holdout=holdout, seed=seed)
+        assert colours(data.val_dataloader()) == colours(data.test_dataloader()) == held
+        trained = {pixels for _ in range(2) for pixels in colours(data.train_dataloader())}
+        assert trained <= {colour("train", label, number) for label in range(3) for number in range(4)}
+    assert "12 training and 6 evaluation images" in data.describe()
+    assert "evaluated on images held out of train/, val/ is not read" in data.describe()
+
+
+def test_fewer_images_beside_held_out_ones(root):
+    data = module(root, holdout=2, max_train_per_class=3, max_val_per_class=1, batch_size_per_device=9)
+    assert colours(data.val_dataloader()) == [colour("train", label, 4) for label in range(3)]
+    expected = [colour("train", label, number) for label in range(3) for number in range(3)]
+    assert sorted(colours(data.train_dataloader())) == expected
+
+
+def test_too_many_held_out_images_are_an_error(root):
+    with pytest.raises(ValueError, match=r"data.holdout=6 leaves no training image in 3 class\(es\): ant \(6\), bee"):
+        module(root, holdout=6).setup("fit")
+
+
 def test_images_do_not_depend_on_workers(tmp_path):
     for part in ("train", "val"):
         (tmp_path / part / "only").mkdir(parents=True)
@@ -187,6 +212,7 @@ def test_class_without_evaluation_images_is_warned_of(root):
     ("options", "message"),
     [
         ({"max_corrupt": -1}, "max_corrupt -1: expected 0 or more"),
+        ({"holdout": -1}, "holdout -1: expected a whole number"),
         ({"max_train_per_class": 0}, "max_train_per_class 0: expected 1 or more"),
         ({"train_crop": "none"}, "unknown train_crop 'none'"),
         ({"crop_fraction": 2.0}, "crop fraction 2.0"),

@@ -294,6 +294,16 @@ def test_fewer_images_of_each_class(shards):
     assert sum(data.train_set.blocks) == 6
 
 
+def test_held_out_images_of_shards(shards):
+    shutil.rmtree(shards / "val")
+    data = module(shards, holdout=4)
+    data.setup()
+    parts = data.train_set.source, data.val_set.source
+    assert [np.bincount(part.labels).tolist() for part in parts] == [[5, 5], [4, 4]]
+    images = [{part.read(position) for position in range(len(part))} for part in parts]
+    assert len(images[0] | images[1]) == 18 and not images[0] & images[1]
+
+
 def test_an_interrupted_command_goes_on(folders, shards, capsys):
     untouched = (shards / "train" / "000000.tar").stat().st_mtime_ns
     lost = (shards / "train" / "000003.tar").read_bytes()
