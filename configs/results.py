@@ -46,7 +46,9 @@ class RunRecord:
         self.enabled = True
         self._start_s = time.perf_counter()
         before = read_result(folder) or {}
+        self._cpu_start_s = time.process_time()
         self._seconds_before = float(before.get("seconds") or 0.0)
+        self._cpu_seconds_before = float(before.get("cpu_seconds") or 0.0)
         self.result: dict[str, Any] = {
             "status": "running",
             "name": name,
@@ -56,6 +58,7 @@ class RunRecord:
             "ended": None,
             "parts": int(before.get("parts") or 0) + 1,
             "seconds": self._seconds_before,
+            "cpu_seconds": self._cpu_seconds_before,
             "epochs": before.get("epochs") or 0,
             "steps": before.get("steps") or 0,
             "figures": {},
@@ -77,9 +80,18 @@ class RunRecord:
         """Wall time of the training, over all its parts."""
         return self._seconds_before + time.perf_counter() - self._start_s
 
+    @property
+    def cpu_seconds(self) -> float:
+        """CPU time of this process, all its threads but not its loading processes, over all parts of the training.
+
+        On a machine that is shared, or where a run is paused, it says more than the clock.
+        """
+        return self._cpu_seconds_before + time.process_time() - self._cpu_start_s
+
     def note(self, trainer: Any) -> None:
         """Take over how far Lightning's trainer has come; called at every checkpoint, so that a kill loses little."""
-        self.result |= {"seconds": self.seconds, "epochs": trainer.current_epoch, "steps": trainer.global_step}
+        self.result |= {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
+        self.result |= {"epochs": trainer.current_epoch, "steps": trainer.global_step}
         savers = [
             saver for saver in trainer.checkpoint_callbacks if getattr(saver, "best_model_score", None) is not None
         ]
@@ -90,7 +102,8 @@ class RunRecord:
         """The last word: status, final figures, speed and memory."""
         kind, peak = peak_memory()
         speed = training_speed(self.folder / METRICS_FILE)
-        self.result |= {"status": status, "ended": now(), "seconds": self.seconds, "figures": dict(figures or {})}
+        self.result |= {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
+        self.result |= {"status": status, "ended": now(), "figures": dict(figures or {})}
         self.result |= {"images_per_second": speed, "peak_memory_mb": peak, "memory_kind": kind, "error": error}
         self.write()
 

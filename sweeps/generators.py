@@ -6,7 +6,7 @@ on the command line, and returns lists of overrides. Networks are built without 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,11 +41,11 @@ def placements(cfg: DictConfig) -> list[list[str]]:
     return [[f"condconv.placement={name}"] for name in list_placements(cfg.model.name)]
 
 
-def iso(cfg: DictConfig) -> list[list[str]]:
+def iso(cfg: DictConfig, keys: Sequence[str] = ("width", "depth")) -> list[list[str]]:
     """The CondConv network, and static ones made wider or deeper until they have its MADDs, or its parameters.
 
     Channels are multiples of 8 and blocks are whole, so equality is as near as the network can come: how near is
-    printed. Multipliers that lead to the same network as another are left out.
+    printed. `keys` are the multipliers that are tried. Those that lead to the same network as another are left out.
     """
     target = count(cfg)
     static = count(cfg, experts=0)
@@ -53,7 +53,7 @@ def iso(cfg: DictConfig) -> list[list[str]]:
     print(f"static twin: {static.summary()}")
     variants = [[f"condconv.experts={cfg.condconv.experts}"], ["condconv.experts=0"]]
     seen = {(static.params, static.madds)}
-    for key in ("width", "depth"):
+    for key in keys:
         for what in ("madds", "params"):
             found = match(cfg, key, what, getattr(target, what))
             if found is None:
@@ -70,6 +70,14 @@ def iso(cfg: DictConfig) -> list[list[str]]:
             seen.add((counted.params, counted.madds))
             variants.append(["condconv.experts=0", f"model.{key}={multiplier:g}"])
     return variants
+
+
+def wider(cfg: DictConfig) -> list[list[str]]:
+    """Of `iso` the wider static networks alone: for a sweep beside one that has the CondConv network and its twin."""
+    found = iso(cfg, ("width",))[2:]
+    if not found:
+        raise UserError(f"{cfg.model.name} cannot be made wider to the cost of its CondConv network.")
+    return found
 
 
 def match(cfg: DictConfig, key: str, what: str, wanted: int) -> tuple[float, Complexity] | None:

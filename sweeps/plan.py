@@ -82,7 +82,10 @@ def make_plan(
     fixed = _default_overrides(unless_given or {}, given_keys)
     axes: dict[str, list[str]] = {}
     in_params = {f"{key}={_as_text(value)}": key for key, value in (params or {}).items() if key not in given_keys}
-    for override in (*_parse(list(in_params)), *given):
+    replacing = {override.key_or_group: override for override in (*given, *_parse(list(in_params)))}
+    # A key of the command line keeps its place among the params, so that names and order of the jobs stay the same.
+    ordered = [replacing[key] for key in params or {}] + [o for o in given if o.key_or_group not in (params or {})]
+    for override in ordered:
         values = _values(override)
         if override.is_sweep_override() or override.key_or_group in (params or {}):
             axes[override.key_or_group] = values

@@ -49,8 +49,23 @@ def check_run(cfg: DictConfig, figures: dict[str, float], metric: str) -> None:
 
 def test_every_experiment_runs_somewhere_in_the_suite() -> None:
     found = {str(path.relative_to(EXPERIMENTS).parent) for path in EXPERIMENTS.rglob("[!_]*.yaml")}
-    assert found == {".", "imagenet", "upcycle", "coco"}
+    assert found == {".", "imagenet", "upcycle", "coco", "cifar10"}
+    assert {path.stem for path in (EXPERIMENTS / "cifar10").glob("*.yaml")} == {"reduced", "upcycled", "full"}
     assert [path.stem for path in EXPERIMENTS.glob("*.yaml")] == ["cifar10_authors_miniature"]
+
+
+def test_the_protocols_of_cifar10(images: Path, tmp_path: Path) -> None:
+    """Static by the full protocol and, from its weights, with experts; the recipes are the reduced protocol's."""
+    small = (f"data.root={images}", "data.batch_size_per_device=4", "data.num_workers=0", "model.width=0.1")
+    cfg = composed("cifar10/full", tmp_path, "condconv.experts=0", *small)
+    check_run(cfg, train(cfg), "test/loss")
+    checkpoint = Path(cfg.paths.run) / "checkpoints" / "last.ckpt"
+    for experts in (2, 0):  # the static network goes on as it is, beside the one with experts
+        again = (f"pretrained={checkpoint}", f"condconv.experts={experts}", f"paths.run={tmp_path / f'e{experts}'}")
+        cfg = composed("cifar10/upcycled", tmp_path, *small, *again)
+        check_run(cfg, train(cfg), "test/loss")
+        assert (cfg.data.max_train_per_class, cfg.model.small_input) == (2000, True)
+        assert cfg.optim.lr == pytest.approx(cfg.optim.base_lr * 4 / 256)
 
 
 @pytest.mark.parametrize("experts", [0, 2])

@@ -60,6 +60,10 @@ def test_the_command_line_replaces_what_the_file_varies() -> None:
     assert len(names(params=params)) == 6
     assert names("seed=7", params=params) == ["experts-0_seed-7", "experts-8_seed-7"]
     assert len(names("optim.lr=0.1,0.2", params=params)) == 12
+    params = {"seed": "1,2,3", "condconv.experts": [0, 8], "model.width": [1.0]}
+    given = ("model.width=1.0,2.0", "seed=1,2", "condconv.experts=8")
+    expected = [f"experts-8_width-{width}_seed-{seed}" for seed in (1, 2) for width in ("1.0", "2.0")]
+    assert names(*given, params=params) == expected, "in the file's order, so that a larger sweep finds its jobs again"
 
 
 def test_what_belongs_to_the_sweep_is_not_passed_on() -> None:

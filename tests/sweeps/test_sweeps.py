@@ -35,7 +35,7 @@ JOBS = {
     "experts": ("condconv.experts=0,1,2", "experts-0 experts-1 experts-2", ""),
     "width_x_experts": (
         "condconv.experts=2 model.width=0.25,0.5",
-        "experts-0_width-0.25 experts-2_width-0.25 experts-0_width-0.5 experts-2_width-0.5",
+        "experts-0_width-0.25 width-0.25_experts-2 experts-0_width-0.5 width-0.5_experts-2",
         "model.width=0.25",
     ),
     "routing": (

@@ -1,0 +1,50 @@
+"""The studies on CIFAR-10: their jobs, listed and not run, in an order that is balanced at any time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from commands import Commands
+
+from condconv.routing import ROUTINGS
+
+ROOT = Path(__file__).resolve().parents[2]
+# Each study: the jobs of one seed, in order.
+JOBS = {
+    "experts": "experts-0 experts-8 experts-4 experts-16 experts-1",
+    "second_backbone": "experts-0_model-resnet18_width-0.125 experts-8_model-resnet18_width-0.125",
+    "router_gain": "experts-8_router_gain-1.0",
+    "routing": " ".join(f"experts-8_routing-{name}" for name in ROUTINGS if name != "fc"),
+    "first_block": " ".join(f"experts-8_from_block-{block}" for block in (1, 13, 10, 3)),
+    "controls": "experts-0_width-0.27 experts-0_width-0.709",
+    "upcycled": "experts-8 experts-0",
+}
+FAST = ("experts", "upcycled")
+
+
+def test_every_study_is_here() -> None:
+    found = {path.stem for path in (ROOT / "configs" / "sweep" / "cifar10").glob("*.yaml")}
+    assert found == {*JOBS, "backbones"}
+
+
+@pytest.mark.parametrize(
+    "study", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in JOBS]
+)
+def test_jobs_come_seed_by_seed(
+    study: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for label in range(10):
+        (tmp_path / "images" / "train" / f"class{label}").mkdir(parents=True)
+    start = ["experiment=cifar10/reduced"]
+    if study == "upcycled":
+        start = ["experiment=cifar10/upcycled", "pretrained=experts-0_seed-${seed}/last.ckpt"]
+    options = [*start, f"sweep=cifar10/{study}", "data.root=images", "seed=1,2", "hydra.sweeper.list_only=true"]
+    code, out, err = Commands(tmp_path, monkeypatch, capsys).train("-m", *options)
+    assert code == 0, err
+    found = [line.split()[0] for line in out.splitlines() if "python train.py" in line]
+    jobs = JOBS[study].split()
+    first = [name.removesuffix("_seed-1") for name in found[: len(jobs)]]
+    assert sorted(first) == sorted(jobs) and (study == "routing" or first == jobs)
+    assert found[len(jobs) :] == [name.replace("_seed-1", "_seed-2") for name in found[: len(jobs)]]
