@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from models.boxes import Detection
 from models.coco_evaluation import FIGURES, CocoFigures, Result, coco_results, evaluate_over_ranks
-from models.detection_losses import detection_losses, match
+from models.detection_losses import NOTHING, detection_losses, match
 from models.module import NetworkModule, Schedule
 from models.ssd_network import SSD
 
@@ -80,16 +81,32 @@ class DetectionModule(NetworkModule):
         self.results: dict[str, list[Result]] = {}
         self._found: dict[str, dict[int, list[Result]]] = {}
 
-    def losses(self, outputs: tuple[Tensor, Tensor], targets: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """`loss`, its parts `loss_class` and `loss_box`, and `matched`, the matched anchors per image."""
+    def losses(
+        self, outputs: tuple[Tensor, Tensor], targets: list[dict[str, Any]], together: bool = False
+    ) -> dict[str, Tensor]:
+        """`loss`, its parts `loss_class` and `loss_box`, and `matched`, the matched anchors per image.
+
+        Args:
+            outputs: of the network.
+            targets: of the images.
+            together: all processes are here: gradients, which are averaged over them, become those of one large batch.
+        """
         classes, boxes = match(targets, self.net.anchors, self.iou_threshold)
-        parts = detection_losses(*outputs, classes, boxes, self.net.anchors, **self.loss_options)  # type: ignore[arg-type]
+        divisor = matched_over_ranks(classes != NOTHING) if together else None
+        parts = detection_losses(
+            *outputs,
+            classes,
+            boxes,
+            self.net.anchors,
+            num_matched=divisor,
+            **self.loss_options,  # type: ignore[arg-type]
+        )
         total = self.weights["class"] * parts["class"] + self.weights["box"] * parts["box"]
         return {"loss": total, "loss_class": parts["class"], "loss_box": parts["box"], "matched": parts["matched"]}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, targets = batch
-        losses = self.losses(self(images), targets)
+        losses = self.losses(self(images), targets, together=True)
         for name, value in losses.items():
             shown = {"prog_bar": name == "loss", "batch_size": len(images)}
             self.log(f"train/{name}", value.detach(), on_step=True, on_epoch=False, **shown)
@@ -157,5 +174,16 @@ class DetectionModule(NetworkModule):
             figures, results = evaluate_over_ranks(truth, self._found[name])
             self.figures[name], self.results[name] = figures, results
             for key in FIGURES:
-                self.log(f"{name}/{key}", figures[key], prog_bar=key in SHOWN and name == stage)
+                # All processes have the same figures. The largest of equal numbers is exact, their mean may be rounded.
+                shown = key in SHOWN and name == stage
+                self.log(f"{name}/{key}", figures[key], prog_bar=shown, sync_dist=True, reduce_fx="max")
         self._found = {}
+
+
+def matched_over_ranks(positive: Tensor) -> Tensor:
+    """Matched anchors per process, at least 1 in all; with several processes, all of them must come here."""
+    count = positive.sum()
+    if not (dist.is_available() and dist.is_initialized()):
+        return count.clamp(min=1)
+    dist.all_reduce(count)
+    return count.clamp(min=1) / dist.get_world_size()

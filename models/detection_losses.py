@@ -4,7 +4,7 @@ Conventions of the TensorFlow Object Detection API (ssd_mobilenet_v1_300x300_coc
 matched to the box that it overlaps most if their IoU is at least 0.5, and every box gets its best anchor whatever the
 IoU; classification is a focal loss (alpha 0.75, gamma 2) on sigmoids, or cross entropy with hard negative mining (three
 negatives for each positive); boxes are learned by smooth L1 on codes scaled by 10, 10, 5, 5, averaged over the four
-numbers of a code; both losses are divided by the number of matched anchors of the batch.
+numbers of a code; both losses are divided by the number of matched anchors of the batch (of all processes).
 
 Letters: `N` images, `A` anchors, `M` boxes of an image, `C` classes.
 """
@@ -66,6 +66,7 @@ def detection_losses(
     alpha: float = 0.75,
     gamma: float = 2.0,
     negatives_per_positive: float = 3.0,
+    num_matched: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The two parts of the loss, `class` and `box`, and the number of matched anchors per image, `matched`.
 
@@ -78,10 +79,13 @@ def detection_losses(
         alpha, gamma: of the focal loss; alpha is the weight of a positive, 1 - alpha of a negative.
         negatives_per_positive: of "hard_negative": so many anchors without a box, those with the largest losses, count
             for each one with a box, within an image.
+        num_matched: what both parts are divided by; None for the matched anchors of this batch, at least 1.
     """
-    class_logits, box_codes = class_logits.float(), box_codes.float()
+    exact = torch.promote_types(class_logits.dtype, torch.float32)
+    class_logits, box_codes = class_logits.to(exact), box_codes.to(exact)
     positive_NA = class_targets != NOTHING
-    num_matched = positive_NA.sum().clamp(min=1)
+    if num_matched is None:
+        num_matched = positive_NA.sum().clamp(min=1)
     if loss == "focal":
         wanted = F.one_hot(class_targets.clamp(min=0), class_logits.shape[-1]) * positive_NA[..., None]
         class_loss = sigmoid_focal_loss(class_logits, wanted.to(class_logits.dtype), alpha, gamma, reduction="sum")

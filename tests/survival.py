@@ -113,11 +113,17 @@ def _main(
     os._exit(code)
 
 
-def at_call(method: str, number: int, action: Callable[[Any], None], rank: int | None = None) -> Callable[[int], None]:
+def at_call(
+    method: str,
+    number: int,
+    action: Callable[[Any], None],
+    rank: int | None = None,
+    module: type = ClassificationModule,
+) -> Callable[[int], None]:
     """For `before`: do something at the n-th call (from 1) of a step of the module; on one rank, or on all."""
 
     def install(this: int) -> None:
-        original, calls = getattr(ClassificationModule, method), 0
+        original, calls = getattr(module, method), 0
 
         def counted(self: Any, batch: Any, batch_idx: int) -> Any:
             nonlocal calls
@@ -126,7 +132,7 @@ def at_call(method: str, number: int, action: Callable[[Any], None], rank: int |
                 action(self)
             return original(self, batch, batch_idx)
 
-        setattr(ClassificationModule, method, counted)
+        setattr(module, method, counted)
 
     return install
 

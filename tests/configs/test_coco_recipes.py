@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from condconv import CondConv2d
@@ -58,3 +59,11 @@ def test_users_win_over_recipes() -> None:
     cfg = composed("ssd300_mobilenet_v1_condconv8", "model=ssd_resnet50", "data=digit_scenes", "optim=adamw")
     assert cfg.model.name == "ssd_resnet50" and cfg.data._target_ == "data.digit_scenes.DigitScenesDataModule"
     assert cfg.optim.optimizer.name == "adamw"
+
+
+@pytest.mark.parametrize("recipe", ["ssd300_mobilenet_v1_static", "ssd300_mobilenet_v1_w050_condconv8"])
+def test_recipes_run_on_the_scenes_too(recipe: str) -> None:
+    """Nothing that only COCO's data has is set by a recipe."""
+    cfg = composed(recipe, "data=digit_scenes")
+    assert instantiate(cfg.data).image_size == cfg.model.image_size == 300
+    assert cfg.data.batch_size_per_device == 128
