@@ -28,7 +28,13 @@ NETWORK_WIDE = ("single", "partially_shared")
 def pool(x: Tensor) -> Tensor:
     """Mean over all positions in float32 (float64 for float64): `[N, C, ...]` to `[N, C]`."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.to(dtype) if x.dim() == 2 else x.mean(dim=tuple(range(2, x.dim())), dtype=dtype)
+    if x.dim() == 2:
+        return x.to(dtype)
+    over = tuple(range(2, x.dim()))
+    if not x.requires_grad:
+        return x.mean(dim=over, dtype=dtype)
+    # The gradient of a sum is a view of [N, C] numbers, that of a mean is written out for every position.
+    return x.sum(dim=over, dtype=dtype) / x.shape[2:].numel()
 
 
 class Router(nn.Module):

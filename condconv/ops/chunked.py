@@ -5,9 +5,10 @@ example n: `dx_n = W_n^T * dy_n`, `da_ne = <dW_n, W_e>`, `dW_e = sum_n a_ne dW_n
 
 Mixed kernels of a whole batch are N x P numbers (P weights a layer), far more than any cache. So forward and backward
 walk over tiles of (examples, output channels) whose mixed kernels fit in a workspace that stays in the cache and is
-used again for each tile. Tiles prefer few output channels and the whole batch: each expert weight is then read once,
-and its gradient written once. The backward mixes again instead of saving. How one tile is convolved is a subclass of
-`PerExampleConv`, in the files `gemm.py`, `grouped.py`, `depthwise.py` and `depthwise_sum.py`.
+used again for each tile. Tiles prefer few output channels and many examples: each expert weight is then read once,
+and its gradient written once. On a CPU they are as small as the L2 of a core: `_cached_budget`. The backward mixes
+again instead of saving. How one tile is convolved is a subclass of `PerExampleConv`, in the files `gemm.py`,
+`grouped.py`, `depthwise.py` and `depthwise_sum.py`.
 """
 
 from __future__ import annotations
@@ -22,9 +23,15 @@ from torch import Tensor
 from condconv.ops.spec import ConvSpec, crop_to_live_taps, memory_format_of, mixing_dtype
 
 AUTOMATIC_WORKSPACE_BYTES = {"cpu": 16 << 20, "cuda": 24 << 20}
-"""Workspace when the caller gives 0: inside the last-level cache of one CPU core complex, inside the L2 of a data-
-centre GPU."""
+"""Most workspace when the caller gives 0: inside the last-level cache of one CPU core complex, inside the L2 of a
+data-centre GPU."""
 
+CACHED_BYTES = 2 << 20
+"""Mixed kernels of a tile that a CPU core still has in its L2 or near it when they are convolved."""
+CACHED_EXAMPLES = 16
+"""Examples of such a tile: enough rows for the products that mix, few enough for many output channels."""
+LEAST_CHANNELS = 128
+"""Output channels of such a tile, which may cost more than `CACHED_BYTES`: narrow products are slow."""
 
 PATCHES_BYTES = 16 << 20
 """Most memory for what a convolution lays out beside kernels; a tile takes fewer examples where it would be more."""
@@ -125,6 +132,17 @@ def plan_tiles(
     ]
 
 
+def _cached_budget(batch: int, experts: int, positions: int, bytes_per_channel: int) -> tuple[int, int]:
+    """Bytes of a tile on a CPU and its most examples.
+
+    A tile of fewer channels than positions would read the maps more than the kernels. Measured, forward and backward
+    of pointwise layers on one core: docs/experiments.md, "Which tiles for mixed kernels on a CPU?".
+    """
+    examples = min(batch, max(CACHED_EXAMPLES, experts))
+    wanted = examples * max(LEAST_CHANNELS, positions) * bytes_per_channel
+    return min(max(CACHED_BYTES, wanted), AUTOMATIC_WORKSPACE_BYTES["cpu"]), examples
+
+
 class _Mixer:
     """Mixed kernels of one tile after another, and the way back from their gradients to routing and experts."""
 
@@ -136,6 +154,7 @@ class _Mixer:
         split_channels: bool,
         budget: int,
         bytes_per_example: int,
+        positions: int,
     ) -> None:
         self.dtype = mixing_dtype(x_NCHW, routing_NE, weight_EKCRS)
         self.compute_dtype = x_NCHW.dtype
@@ -143,17 +162,18 @@ class _Mixer:
         self.kernel_CRS = weight_EKCRS.shape[2:]
         self.weights_per_channel = self.kernel_CRS.numel()
         self.weight_EM = weight_EKCRS.reshape(weight_EKCRS.shape[0], -1)
-        budget = budget or AUTOMATIC_WORKSPACE_BYTES.get(x_NCHW.device.type, 4 << 20)
         itemsize = torch.finfo(self.dtype).bits // 8
-        self.tiles = plan_tiles(
-            x_NCHW.shape[0],
-            weight_EKCRS.shape[1],
-            self.weights_per_channel,
-            split_channels,
-            itemsize,
-            budget,
-            max(1, PATCHES_BYTES // bytes_per_example) if bytes_per_example else None,
-        )
+        most_examples = max(1, PATCHES_BYTES // bytes_per_example) if bytes_per_example else x_NCHW.shape[0]
+        if not budget and split_channels and x_NCHW.device.type == "cpu":
+            rows = min(x_NCHW.shape[0], most_examples)
+            experts, per_channel = weight_EKCRS.shape[0], self.weights_per_channel * itemsize
+            budget, most_examples = _cached_budget(rows, experts, positions, per_channel)
+        budget = budget or AUTOMATIC_WORKSPACE_BYTES.get(x_NCHW.device.type, 4 << 20)
+        shape = (x_NCHW.shape[0], weight_EKCRS.shape[1], self.weights_per_channel)
+        self.tiles = plan_tiles(*shape, split_channels, itemsize, budget, most_examples)
+        if not bytes_per_example:
+            # The experts of some channels stay in the cache for all examples. Patches are rather made only once.
+            self.tiles.sort(key=lambda tile: tile.channels.start)
 
     def _columns(self, tile: _Tile) -> slice:
         return slice(tile.channels.start * self.weights_per_channel, tile.channels.stop * self.weights_per_channel)
@@ -205,17 +225,20 @@ def forward(
     weight_EKCRS, spec, _ = crop_to_live_taps(weight_EKCRS, size_HW, spec)
     kernel_RS = (weight_EKCRS.shape[3], weight_EKCRS.shape[4])
     per_example = conv.bytes_per_example(x_NCHW, kernel_RS, spec)
-    mixer = _Mixer(x_NCHW, routing_NE, weight_EKCRS, spec.groups == 1, workspace_bytes, per_example)
+    height, width = spec.output_size(size_HW, kernel_RS)
+    mixer = _Mixer(x_NCHW, routing_NE, weight_EKCRS, spec.groups == 1, workspace_bytes, per_example, height * width)
     y_NKPQ = torch.empty(
-        (x_NCHW.shape[0], weight_EKCRS.shape[1], *spec.output_size(size_HW, kernel_RS)),
+        (x_NCHW.shape[0], weight_EKCRS.shape[1], height, width),
         dtype=x_NCHW.dtype,
         device=x_NCHW.device,
         memory_format=memory_format_of(x_NCHW),
     )
+    chunks: dict[int, PerExampleConv] = {}
     for tile in mixer.tiles:
-        if tile.channels.start == 0:
-            chunk = conv(x_NCHW[tile.examples], kernel_RS, spec)
+        chunk = chunks.pop(tile.examples.start, None) or conv(x_NCHW[tile.examples], kernel_RS, spec)
         chunk.forward(mixer.kernels(tile), y_NKPQ[tile.examples, tile.channels])
+        if tile.channels.stop < weight_EKCRS.shape[1]:
+            chunks[tile.examples.start] = chunk
     return y_NKPQ
 
 
@@ -238,14 +261,17 @@ def backward(
     half = x_NCHW.dtype != mixing_dtype(x_NCHW, routing_NE, weight_EKCRS)
     split = spec.groups == 1 and not (half and need_x)
     per_example = conv.bytes_per_example(x_NCHW, kernel_RS, spec)
-    mixer = _Mixer(x_NCHW, routing_NE, weight_EKCRS, split, workspace_bytes, per_example)
+    positions = grad_y_NKPQ.shape[2] * grad_y_NKPQ.shape[3]
+    mixer = _Mixer(x_NCHW, routing_NE, weight_EKCRS, split, workspace_bytes, per_example, positions)
     grad_x = torch.empty_like(x_NCHW) if need_x else None
     grad_routing = torch.zeros_like(mixer.routing_NE) if need_routing else None
     grad_weight = mixer.weight_EM.new_empty(mixer.weight_EM.shape, dtype=mixer.dtype) if need_weight else None
+    chunks: dict[int, PerExampleConv] = {}
     for tile in mixer.tiles:
         first, last = tile.channels.start == 0, tile.channels.stop == full_shape[1]
-        if first:
-            chunk = conv(x_NCHW[tile.examples], kernel_RS, spec)
+        chunk = chunks.pop(tile.examples.start, None) or conv(x_NCHW[tile.examples], kernel_RS, spec)
+        if not last:
+            chunks[tile.examples.start] = chunk
         grad_y = grad_y_NKPQ[tile.examples, tile.channels]
         if grad_x is not None:
             chunk.input_gradient(grad_y, mixer.kernels(tile), grad_x[tile.examples], first)

@@ -7,6 +7,7 @@ nothing is copied. Other kernels are unfolded once for all tiles of output chann
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from condconv.ops.chunked import PerExampleConv, store
+from condconv.ops.chunked import _workspace as workspace
 from condconv.ops.spec import ConvSpec, Problem, is_channels_last
 
 
@@ -95,8 +97,11 @@ class Gemm(PerExampleConv):
             )
 
     def kernel_gradient(self, grad_y_NKPQ: Tensor) -> Tensor:
-        """One product."""
-        return torch.bmm(self._matrix(grad_y_NKPQ).transpose(1, 2), self.patches_BLD)
+        """One product, in memory that the next tile uses again."""
+        grad_BKL, patches_BLD = self._matrix(grad_y_NKPQ).transpose(1, 2), self.patches_BLD
+        shape = (grad_BKL.shape[0], grad_BKL.shape[1], patches_BLD.shape[2])
+        grad_BKD = workspace.get(math.prod(shape), grad_BKL, "kernel gradients").view(shape)
+        return torch.bmm(grad_BKL, patches_BLD, out=grad_BKD)
 
     def _product(self, left_BLM: Tensor, right_BMK: Tensor, target_NKPQ: Tensor, first: bool) -> None:
         """`target (+)= left right`. Positions go to rows or to columns as the memory format has them."""

@@ -160,6 +160,21 @@ def test_any_workspace_gives_the_same(backend: str, case: Case, workspace_bytes:
     assert_all_close(run(tensors, case.spec, backend, workspace_bytes), oracle(tensors, case.spec), torch.float64)
 
 
+@pytest.mark.parametrize("channels_last", LAYOUTS, ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3)], ids=["pointwise", "3x3"])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2)], ids=["dense", "strided"])
+def test_the_automatic_workspace_in_many_tiles(
+    monkeypatch: pytest.MonkeyPatch, kernel: tuple[int, int], stride: tuple[int, int], channels_last: bool
+) -> None:
+    """On a CPU tiles are planned for the cache: here of three examples and 32 channels, the last ones smaller."""
+    for name, value in (("CACHED_BYTES", 1), ("CACHED_EXAMPLES", 1), ("LEAST_CHANNELS", 32)):
+        monkeypatch.setattr(chunked, name, value)
+    case = Case(batch=8, channels=3, out_channels=70, kernel=kernel, stride=stride, size=(4, 4))
+    assert chunked._cached_budget(case.batch, case.experts, 4, 24) == (3 * 32 * 24, 3)
+    tensors = case.tensors(channels_last=channels_last)
+    assert_all_close(run(tensors, case.spec, "gemm"), oracle(tensors, case.spec), torch.float64)
+
+
 def test_small_workspaces_make_many_tiles() -> None:
     tiles = chunked.plan_tiles(5, 70, 27, True, 8, 1000)
     assert len(tiles) > 5
