@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal --durat
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install train eval test test-slow lint format bench docs clean
+.PHONY: help install train eval test test-slow lint format bench evidence docs clean
 
 help: ## show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -58,6 +58,9 @@ format: $(STAMP) ## repair style and formatting in place
 bench: $(STAMP) ## measure networks and layers on this machine (ARGS=--quick to see it work); an interrupted run continues
 	@$(BIN)/python -m benchmarks.networks $(ARGS)
 	@$(BIN)/python -m benchmarks.layers $(ARGS)
+
+evidence: $(STAMP) ## rerun the studies on CIFAR-10 and write their report: ARGS="data.root=/cifar10"; --dry-run lists them
+	@$(BIN)/python -m sweeps.evidence $(ARGS)
 
 docs: $(STAMP) ## redraw the picture and recompute the table of README.md
 	@$(BIN)/python docs/figures/make_idea.py

@@ -13,7 +13,8 @@ from reports.comparison import compare
 from reports.options import HELP, parse
 from reports.page import write_report
 from reports.provenance import Options
-from reports.runs import ReportError, find_folders, find_sweeps, planned, read_run
+from reports.runs import ReportError, Run, find_folders, find_sweeps, planned, read_run
+from reports.studies import read_studies, write_studies
 
 
 def report(arguments: list[str], console: Console) -> Path:
@@ -35,15 +36,31 @@ def report(arguments: list[str], console: Console) -> Path:
     runs = [read_run(folder) for folder in track(folders, f"reading {len(folders)} runs", console=console)]
     sweeps = find_sweeps(roots, folders)
     runs += [run for sweep in sweeps for run in planned(sweep, folders)]
-    comparison = compare(runs, first.get("metric"), first.get("baseline"))
     command = shlex.join(["python", "report.py", *arguments])
     title = first.get("title", f"Runs of {roots[0].absolute().name}")
     commands = [sweep.command for sweep in sweeps if sweep.command]
     options = Options(out, title, notes, command, first.get("links") != "false", commands)
+    if "studies" in first:
+        return report_studies(Path(first["studies"]).expanduser(), runs, roots, options, console)
+    comparison = compare(runs, first.get("metric"), first.get("baseline"))
     written = write_report(comparison, options)
     groups, left = len(comparison.rows), len(comparison.left_out)
     console.print(f"runs that count: {len(comparison.runs)}, in {groups} groups; left out: {left}", highlight=False)
     for path in (written[0], written[1], *written[-2:]):
+        console.print(f"  {path}", soft_wrap=True, highlight=False, markup=False)
+    return written[0]
+
+
+def report_studies(file: Path, runs: list[Run], roots: list[Path], options: Options, console: Console) -> Path:
+    """Make the page of several studies and a report for each; returns the path of the page."""
+    written, parts = write_studies(read_studies(file), runs, roots, options)
+    for part in parts:
+        counted = len(part.comparison.runs) if part.comparison else 0
+        console.print(
+            f"{part.study.name}: {counted} runs count, {sum(len(m[1].split()) for m in part.missing)} are missing",
+            highlight=False,
+        )
+    for path in written:
         console.print(f"  {path}", soft_wrap=True, highlight=False, markup=False)
     return written[0]
 

@@ -67,6 +67,7 @@ class Row:
     madds: float | None = None
     images_per_second: Spread | None = None
     seconds_per_epoch: Spread | None = None
+    cpu_seconds_per_epoch: Spread | None = None
     peak_memory_mb: Spread | None = None
     train: Spread | None = None
     train_difference: Difference | None = None
@@ -167,6 +168,7 @@ def _row(group: Group, metric: Metric, train: Metric, best: Metric) -> Row:
         madds=_mean(madds),
         images_per_second=_spread(runs, lambda run: run.number("images_per_second")),
         seconds_per_epoch=_spread(runs, seconds_per_epoch),
+        cpu_seconds_per_epoch=_spread(runs, lambda run: seconds_per_epoch(run, "cpu_seconds")),
         peak_memory_mb=_spread(runs, lambda run: run.number("peak_memory_mb")),
         train=_spread(runs, lambda run: _scaled(train, run.figures.get(train.name))),
         best=_spread(runs, lambda run: _scaled(best, run.best.get(best.name))),
@@ -178,9 +180,9 @@ def _scaled(metric: Metric, value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else metric.scaled(value)
 
 
-def seconds_per_epoch(run: Run) -> float | None:
-    """Wall time of the training over its epochs, validation included."""
-    seconds, epochs = run.number("seconds"), run.number("epochs")
+def seconds_per_epoch(run: Run, key: str = "seconds") -> float | None:
+    """Wall or CPU time of the training over its epochs, validation included."""
+    seconds, epochs = run.number(key), run.number("epochs")
     return seconds / epochs if seconds is not None and epochs else None
 
 

@@ -159,6 +159,7 @@ def _costs(comparison: Comparison) -> list[Finding]:
     found = []
     words = (
         ("seconds_per_epoch", "Time per epoch"),
+        ("cpu_seconds_per_epoch", "CPU time per epoch"),
         ("images_per_second", "Images per second in training"),
         ("peak_memory_mb", "Peak memory"),
         ("params", "Parameters"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,6 +70,8 @@ def settings_of(run: Run) -> Settings:
             continue
         if static and key.startswith("condconv.") and key != EXPERTS:
             continue
+        if key == "pretrained" and isinstance(value, str):  # each seed goes on from the run of its own seed
+            value = re.sub(rf"(?<=seed-){re.escape(str(seed))}(?!\d)", "<seed>", value)
         if isinstance(value, str) and isinstance(folder, str) and folder:
             value = value.replace(folder, "<run>")
         # Only as a whole: a name may be a word that other values hold too.

@@ -18,18 +18,20 @@ HELP = """Compare finished runs: one HTML page that needs no network, Markdown, 
   metric=     the figure that is compared, such as test/top1, val_ema/top1, val/AP [test/top1, or what the runs have]
   baseline=   settings of one group that all others are compared with [the static twin: same settings but condconv.*]
   notes=      a Markdown file that is shown at the top; its links and pictures count from the report's folder
+  studies=    a YAML file of several comparisons, one page for all and a report for each: <out>/index.html, <out>.md,
+              <out>/<study>/ (docs/reports.md)
   links=      true|false: links to the runs' folders; false leaves out all absolute paths, for a page to pass on [true]
 
 Runs that failed, did not finish, or repeat another one's settings and seed are listed with the reason and in no mean.
 """
-KEYS = ("runs", "out", "title", "metric", "baseline", "notes", "links")
+KEYS = ("runs", "out", "title", "metric", "baseline", "notes", "studies", "links")
 
 
 def parse(arguments: list[str]) -> dict[str, list[str]]:
     """`key=value` words by key.
 
     Raises:
-        ReportError: a word is of another form, unknown, given twice, or without a value.
+        ReportError: a word is of another form, unknown, given twice, without a value, or does not go with another.
     """
     found: dict[str, list[str]] = {}
     for word in arguments:
@@ -45,6 +47,9 @@ def parse(arguments: list[str]) -> dict[str, list[str]]:
         found.setdefault(key, []).append(value)
     if "runs" not in found:
         raise ReportError("Which runs? Give runs=<folder>, as in: python report.py runs=outputs")
+    alone = [key for key in ("title", "metric", "baseline") if key in found and "studies" in found]
+    if alone:
+        raise ReportError(f"{alone[0]}= does not go with studies=: the file of the studies says it.")
     if found.get("links", ["true"])[0] not in ("true", "false"):
         raise ReportError(f"links={found['links'][0]}: it is true or false.")
     return found

@@ -45,6 +45,7 @@ EXTRAS = {
     "madds": "MADDs",
     "images_per_second": "train images/s",
     "seconds_per_epoch": "s/epoch",
+    "cpu_seconds_per_epoch": "CPU s/epoch",
     "peak_memory_mb": "peak MB",
 }
 
@@ -72,16 +73,18 @@ def write_report(comparison: Comparison, options: Options) -> list[Path]:
     page = environment.get_template("page.html.j2").render(**context, css=css, js=texts["page.js"], notes=notes)
     plain = environment.overlay(autoescape=False).get_template("page.md.j2").render(**context, notes=options.notes)
     (options.out / "figures").mkdir(parents=True, exist_ok=True)
-    written = [_write(options.out / "index.html", page), _write(options.out / "report.md", plain)]
+    written = [write_text(options.out / "index.html", page), write_text(options.out / "report.md", plain)]
     for chart in context["charts"]:
         alone = chart.svg.replace(">", f"><style>{texts['chart.css']}{context['colors']}</style>", 1)
-        written.append(_write(options.out / "figures" / f"{chart.id}.svg", alone))
+        written.append(write_text(options.out / "figures" / f"{chart.id}.svg", alone))
     written.append(write_runs(options.out / "runs.csv", comparison, options.links))
     written.append(write_groups(options.out / "groups.csv", comparison))
     return written
 
 
-def _write(path: Path, text: str) -> Path:
+def write_text(path: Path, text: str) -> Path:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".tmp")
     # Undecodable names of files come in as surrogates, which UTF-8 has no place for.
     unfinished.write_text(text, encoding="utf-8", errors="replace")
@@ -189,6 +192,7 @@ def _row(index: int, row: Row, comparison: Comparison, shown: dict[str, bool]) -
         "madds": count,
         "images_per_second": _amount,
         "seconds_per_epoch": _amount,
+        "cpu_seconds_per_epoch": _amount,
         "peak_memory_mb": _amount,
     }
     for key, write in writers.items():

@@ -82,7 +82,11 @@ def provenance(comparison: Comparison, options: Options) -> list[tuple[str, str]
             "“best” is chosen on the evaluation images and optimistic",
         ),
         ("intervals", "two-sided 95 % t intervals of differences paired by seed; standard deviations with n − 1"),
-        ("time", "wall time of the training over its epochs, validation included; images/s are the training's alone"),
+        (
+            "time",
+            "wall time of the training over its epochs, validation included; CPU time of its process, all threads but "
+            "not loading processes; images/s are the training's alone",
+        ),
         ("this page", options.command if options.links else shortened(options.command)),
     ]
 

@@ -12,7 +12,7 @@ from reports.runs import Run
 from reports.statistics import Difference, Spread
 
 NUMBERS = ("model.params", "model.madds", "model.static_params", "model.static_madds", "images_per_second")
-NUMBERS += ("peak_memory_mb", "seconds", "epochs", "steps")
+NUMBERS += ("peak_memory_mb", "seconds", "cpu_seconds", "epochs", "steps")
 FACTS = ("device", "threads", "devices", "commit", "dirty", "started", "ended")
 STAGES = ("train/", "val/", "val_ema/", "test/", "test_ema/")
 FORMULAS = ("=", "+", "-", "@", "\t", "\r")
@@ -60,7 +60,7 @@ def _group_line(row: Row, comparison: Comparison) -> dict[str, Any]:
         line["baseline"] = _safe(row.baseline.label)
     line |= _difference("difference", row.difference)
     line |= {"params": row.params, "madds": row.madds}
-    for key in ("images_per_second", "seconds_per_epoch", "peak_memory_mb"):
+    for key in ("images_per_second", "seconds_per_epoch", "cpu_seconds_per_epoch", "peak_memory_mb"):
         value: Spread | None = getattr(row, key)
         line |= {key: value.mean if value else None, f"{key} ratio": row.ratio(key)}
     line |= {f"{comparison.train_metric.title} mean": row.train.mean if row.train else None}

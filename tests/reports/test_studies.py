@@ -1,0 +1,121 @@
+"""The page of several studies: their tables, what is aimed at, what was not run."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from run_folders import write_run
+
+import report as command
+from reports.runs import ReportError
+from reports.studies import read_studies
+
+ROOT = Path(__file__).resolve().parents[2]
+FILE = """
+title: Does it pay?
+lead: A lead with `code`.
+seeds: [1, 2, 3]
+target: {experts: 8, points: 0.3, studies: [experts, backbone]}
+studies:
+  experts: {title: Experts, question: 'More?', runs: [experts/e-0, experts/e-8], figures: [effects, curve-val-top1]}
+  backbone: {title: Backbone, question: 'Another?', runs: [backbone/e-0, backbone/e-8]}
+  dropout:
+    title: Dropout
+    question: Less?
+    runs: [experts/e-0, experts/e-8, dropout/e-8]
+    baseline: condconv.experts=8,condconv.dropout=0
+"""
+
+
+def make(runs: Path, out: Path, *more: str, file: str = FILE) -> tuple[str, str, str]:
+    """The page as Markdown and as HTML, and what was said."""
+    studies = runs.parent / "studies.yaml"
+    studies.write_text(file)
+    console = Console(file=io.StringIO(), width=200)
+    page = command.report([f"runs={runs}", f"out={out}", f"studies={studies}", "links=false", *more], console)
+    return out.with_suffix(".md").read_text(), page.read_text(), console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    root = tmp_path / "runs"
+    for seed, gain in ((1, 0.010), (2, 0.012), (3, 0.011)):
+        write_run(root / "experts", 0, seed, 0.6, folder=f"e-0_seed-{seed}", cpu_seconds=80.0)
+        write_run(root / "experts", 8, seed, 0.6 + gain, folder=f"e-8_seed-{seed}", cpu_seconds=120.0)
+    overrides = {"condconv.dropout": 0.1}
+    write_run(root / "dropout", 8, 2, 0.55, folder="e-8_seed-2", overrides=overrides)
+    write_run(root / "dropout", 8, 1, 0.55, folder="e-8_seed-1", overrides=overrides, status="interrupted")
+    return root
+
+
+def test_the_page_says_what_was_found_and_what_was_not_run(runs: Path, tmp_path: Path) -> None:
+    plain, page, said = make(runs, tmp_path / "out")
+    assert re.search(r"\| Experts \| \*\*met\*\* \| 8 experts: \+1.10 points \(95 % interval \+0.85 to \+1.35", plain)
+    assert "| Backbone | **not run** |" in plain
+    assert "backbone/e-0 (seeds 1, 2, 3) not run; backbone/e-8 (seeds 1, 2, 3) not run" in plain
+    assert "dropout/e-8 (seeds 3) not run" in plain and "dropout/e-8 (seeds 1) not finished (interrupted)" in plain
+    assert "CPU s/epoch" in plain and "15 (1.50 ×)" in plain
+    assert "experts: 6 runs count, 0 are missing" in said and "backbone: 0 runs count, 6 are missing" in said
+    assert plain.index("**one seed** (Dropout)") < plain.index("**better** (Experts)"), "bad news first"
+    assert plain.count("**better**") == 1, "the groups of an earlier study are not told again"
+    for name in ("experts/index.html", "experts/figures/curve-val-top1.svg", "dropout/report.md"):
+        assert (tmp_path / "out" / name).is_file()
+    assert not (tmp_path / "out" / "backbone").exists()
+    links = re.findall(r"\]\(([^)]+)\)", plain)
+    assert len(links) >= 5 and all((tmp_path / link).exists() for link in links)
+    assert page.count("data:image/svg+xml;base64,") == plain.count(".svg)") and "<script" not in page
+    local = re.findall(r'href="([^"]+)"', page)
+    assert local and all((tmp_path / "out" / link).is_file() for link in local)
+    assert str(tmp_path) not in plain + page
+
+
+def test_a_target_is_missed_only_where_the_interval_says_so(runs: Path, tmp_path: Path) -> None:
+    """+1.1 points, between 0.85 and 1.35."""
+    for points, verdict in ((1.0, "met"), (1.2, "not shown"), (2.0, "missed")):
+        plain, _, _ = make(runs, tmp_path / "out", file=FILE.replace("points: 0.3", f"points: {points}"))
+        assert f"| Experts | **{verdict}** |" in plain
+
+
+def test_nothing_run_yet(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs" / "experts", 0, 1, folder="e-0_seed-1", status="running")
+    plain, _, _ = make(tmp_path / "runs", tmp_path / "out")
+    assert "Nothing was run" in plain and plain.count("**Not run.**") == 3
+    assert "experts/e-0 (seeds 1) not finished (running)" in plain
+
+
+def test_notes_stand_on_the_page(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.md").write_text("## Limits\n\nWritten by *hand*.\n")
+    plain, page, _ = make(runs, tmp_path / "out", f"notes={tmp_path / 'notes.md'}")
+    assert "Written by *hand*." in plain and "Written by <em>hand</em>." in page
+
+
+def test_wrong_files_and_options_are_named(runs: Path, tmp_path: Path) -> None:
+    with pytest.raises(ReportError, match="is no file of studies: KeyError: 'title'"):
+        make(runs, tmp_path / "out", file="studies: {}")
+    with pytest.raises(ReportError, match=r"is no file of studies: TypeError: .*'run'"):
+        make(runs, tmp_path / "out", file=FILE.replace("'More?', runs", "'More?', run"))
+    with pytest.raises(ReportError, match="metric= does not go with studies="):
+        make(runs, tmp_path / "out", "metric=val/top1")
+
+
+def test_each_seed_of_an_upcycled_network_is_in_one_group(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        for experts in (0, 8):
+            pretrained = {"pretrained": f"experts/e-0_seed-{seed}/checkpoints/last.ckpt"}
+            write_run(tmp_path / "runs" / "up", experts, seed, folder=f"e-{experts}_seed-{seed}", overrides=pretrained)
+    text = "title: T\nlead: L\nseeds: [1]\nstudies: {up: {title: Up, question: Q, runs: [up/e-0, up/e-8]}}\n"
+    plain, _, _ = make(tmp_path / "runs", tmp_path / "out", file=text)
+    assert re.search(r"\| 8 experts \| 2 \| [\d.]+ ± [\d.]+ \| \+0.00", plain)
+
+
+def test_the_studies_of_cifar10_are_those_of_the_sweeps() -> None:
+    studies = read_studies(ROOT / "docs" / "results" / "cifar10" / "studies.yaml")
+    folders = {name.partition("/")[0] for study in studies.studies for name in study.runs}
+    sweeps = {path.stem for path in (ROOT / "configs" / "sweep" / "cifar10").glob("*.yaml")}
+    assert folders == sweeps - {"backbones"}
+    assert studies.target is not None
+    assert set(studies.target.studies) <= {study.name for study in studies.studies}

@@ -1,0 +1,109 @@
+"""The command for all studies: its words, its plan, its runs in miniature."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from configs.messages import UserError
+from configs.results import write_result
+from sweeps.evidence import PROTOCOLS, STUDIES, keep_runs, main, minutes, parse
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    for part in ("train", "val"):
+        for label in range(10):
+            folder = tmp_path / "images" / part / f"class{label}"
+            folder.mkdir(parents=True)
+            pixels = torch.randint(256, (32, 32, 3), dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(folder / "0.png")
+    return tmp_path / "images"
+
+
+def test_commands_are_those_of_the_documentation(data: Path) -> None:
+    evidence = parse([f"data.root={data}", "jobs=2", "trainer=gpu", "runs=r"])
+    words = evidence.command("experts", ("1", "2"))
+    assert words[2:] == [
+        "-m", "experiment=cifar10/reduced", "sweep=cifar10/experts", f"data.root={data}", "sweep_dir=r/experts",
+        "seed=1,2", "launcher=joblib", "hydra.sweeper.launcher.n_jobs=2", "trainer=gpu",
+    ]  # fmt: skip
+    words = parse([f"data.root={data}", "jobs=1", "runs=a b"]).command("upcycled", ("3",))
+    assert "experiment=cifar10/upcycled" in words and "sweep_dir='a b/upcycled'" in words
+    assert "pretrained='a b/experts/experts-0_seed-${seed}/checkpoints/last.ckpt'" in words
+    assert not any("launcher" in word for word in words)
+
+
+def test_the_order(data: Path) -> None:
+    all_of_it = parse([f"data.root={data}"])
+    assert [study for study, _ in all_of_it.steps()] == list(STUDIES) and all_of_it.seeds == ("1", "2", "3")
+    chosen = parse([f"data.root={data}", "studies=upcycled,experts", "order=seeds", "seeds=1,2"])
+    assert chosen.steps() == [(s, (n,)) for n in "12" for s in ("experts", "upcycled")], "upcycled needs the others"
+    full = parse([f"data.root={data}", "protocol=full"])
+    assert full.studies == PROTOCOLS["full"][0] and full.seeds == ("1", "2", "3", "4", "5")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "Where is CIFAR-10\\? Give the folder"),
+        (["data.root=/nowhere"], "there is no /nowhere/train"),
+        (["studies=expert"], "studies=expert: there is no such choice. Did you mean 'experts'"),
+        (["protocol=small"], "protocol=small: .* reduced, full"),
+        (["jobs=0"], "jobs=0: expected a whole number"),
+        (["sweep=experts"], "sweep= is the studies' own: use seeds="),
+        (["experts"], "expected key=value"),
+    ],
+)
+def test_mistakes_are_named(words: list[str], message: str, data: Path) -> None:
+    given = words if any(word.startswith("data.root") for word in words) or not words else [f"data.root={data}", *words]
+    with pytest.raises(UserError, match=message):
+        parse(given)
+
+
+def test_estimates_follow_what_was_measured(data: Path, tmp_path: Path) -> None:
+    evidence = parse([f"data.root={data}", f"runs={tmp_path / 'runs'}"])
+    first = minutes(evidence, "experts", "experts-8_seed-2")
+    larger = minutes(evidence, "controls", "experts-0_width-0.709_seed-1")
+    assert first is not None and larger is not None and larger > first
+    result = {"status": "finished", "seconds": 6000.0, "cpu_seconds": 600.0}
+    write_result(tmp_path / "runs" / "experts" / "experts-8_seed-1", result)
+    assert minutes(evidence, "experts", "experts-8_seed-2") == 10.0
+    assert minutes(evidence, "experts", "experts-0_seed-2") != 10.0
+
+
+def test_collected_runs_count_as_done(data: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    write_result(kept / "experts" / "experts-8_seed-1", {"status": "finished", "name": "kept"})
+    write_result(tmp_path / "runs" / "experts" / "experts-0_seed-1", {"status": "running", "name": "own"})
+    write_result(kept / "experts" / "experts-0_seed-1", {"status": "finished", "name": "kept"})
+    evidence = parse([f"data.root={data}", f"runs={tmp_path / 'runs'}", f"keep={kept}"])
+    assert keep_runs(evidence) == 1 and keep_runs(evidence) == 0
+    own = json.loads((tmp_path / "runs" / "experts" / "experts-0_seed-1" / "result.json").read_text())
+    assert own["name"] == "own", "what is there is left alone"
+    with pytest.raises(UserError, match="there is no such folder"):
+        keep_runs(parse([f"data.root={data}", "keep=/nowhere"]))
+
+
+@pytest.mark.slow
+def test_studies_in_miniature(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Static networks, upcycled ones that go on from them, and the report; the same command again runs nothing."""
+    tiny = ["model.width=0.1", "data.batch_size_per_device=4", "trainer.max_epochs=1", "trainer.limit_train_batches=1"]
+    tiny += ["trainer=cpu", "callbacks.routing=null", "callbacks.checkpoint=null", "data.eval_batch_size_per_device=10"]
+    words = [f"data.root={data}", f"runs={tmp_path / 'runs'}", "studies=experts,upcycled", "seeds=1", "jobs=2", *tiny]
+    times: list[int] = []
+    for again in (False, True):
+        monkeypatch.setattr("sys.argv", ["evidence", *words, "condconv.experts=0"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0
+        text = (tmp_path / "runs" / "report.md").read_text()
+        assert "upcycled/experts-8 (seeds 1, 2, 3) not run" in text
+        results = sorted((tmp_path / "runs").glob("*/*/result.json"))
+        assert [path.parent.parent.name for path in results] == ["experts", "upcycled"]
+        before, times = times, [path.stat().st_mtime_ns for path in results]
+        assert not again or times == before
