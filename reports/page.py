@@ -25,7 +25,7 @@ from reports.provenance import Options, commit_of, hours, provenance
 from reports.published import published
 from reports.runs import Run
 from reports.statistics import Spread
-from reports.svg import Chart
+from reports.svg import Chart, standalone
 from reports.tables import write_groups, write_runs
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -75,7 +75,9 @@ def write_report(comparison: Comparison, options: Options) -> list[Path]:
     (options.out / "figures").mkdir(parents=True, exist_ok=True)
     written = [write_text(options.out / "index.html", page), write_text(options.out / "report.md", plain)]
     for chart in context["charts"]:
-        alone = chart.svg.replace(">", f"><style>{texts['chart.css']}{context['colors']}</style>", 1)
+        alone = standalone(
+            chart, texts["chart.css"] + Markup(context["colors"]), [row.label for row in comparison.rows]
+        )
         written.append(write_text(options.out / "figures" / f"{chart.id}.svg", alone))
     written.append(write_runs(options.out / "runs.csv", comparison, options.links))
     written.append(write_groups(options.out / "groups.csv", comparison))

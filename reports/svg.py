@@ -7,6 +7,7 @@ stands in its `data-tip`. All text is escaped here.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,6 +15,8 @@ from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 440, 300
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 14, 44
+LEGEND_LINE, LONG_LABEL = 20, 28
+VIEW_BOX = re.compile(r'viewBox="0 0 ([\d.]+) ([\d.]+)"')
 
 
 @dataclass
@@ -170,3 +173,25 @@ class Picture:
             + Markup("").join(self.parts)
             + Markup("</svg>")
         )
+
+
+def standalone(chart: Chart, css: str, labels: Sequence[str]) -> str:
+    """The chart as a file of its own: with its colours, and a legend below where the page has one beside it.
+
+    Args:
+        css: style sheet.
+        labels: of all groups; those of `chart.groups` are shown.
+    """
+    svg = str(chart.svg)  # Markup would escape what is put into it
+    named = [labels[group] for group in chart.groups]
+    columns = 1 if any(len(label) > LONG_LABEL for label in named) else 2
+    found = VIEW_BOX.search(svg)
+    width, height = map(float, found.groups()) if found else (WIDTH, HEIGHT)
+    legend = ""
+    for place, (group, label) in enumerate(zip(chart.groups, named, strict=True)):
+        x, y = 12 + place % columns * width / columns, height + 10 + place // columns * LEGEND_LINE
+        legend += f'<circle class="dot c{group}" cx="{x:g}" cy="{y:g}" r="4.5"/>'
+        legend += f'<text x="{x + 10:g}" y="{y + 4:g}">{escape(label)}</text>'
+    taller = height + -(-len(named) // columns) * LEGEND_LINE
+    svg = VIEW_BOX.sub(f'viewBox="0 0 {width:g} {taller:g}"', svg, count=1)
+    return svg.replace(">", f"><style>{css}</style>", 1).replace("</svg>", f"{legend}</svg>")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
@@ -108,8 +109,18 @@ def test_nothing_is_loaded_and_nothing_is_injected(sweep: Path, tmp_path: Path) 
     ids = {value for key, value in attributes if key == "id"}
     assert [link for link in links if link.startswith("#") and link[1:] not in ids] == []
     for svg in (tmp_path / "figures").glob("*.svg"):
+        assert ElementTree.parse(svg).find("{http://www.w3.org/2000/svg}style") is not None, "it stands alone"
         assert "<script>" not in svg.read_text()
         assert "http" not in svg.read_text().replace("http://www.w3.org/2000/svg", "")
+
+
+def test_figures_alone_name_their_groups(sweep: Path, tmp_path: Path) -> None:
+    make(f"runs={sweep}", f"out={tmp_path}")
+    root = ElementTree.parse(tmp_path / "figures" / "curve-val-top1.svg").getroot()
+    texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert {text.split(",")[0] for text in texts if text and "expert" in text} == {"1 expert", "4 experts", "8 experts"}
+    bottom = max(float(element.get("y", 0)) for element in root.iter("{http://www.w3.org/2000/svg}text"))
+    assert bottom < float(root.get("viewBox", "").split()[3])
 
 
 def test_links_lead_to_the_configs(sweep: Path, tmp_path: Path) -> None:
