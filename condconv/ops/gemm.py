@@ -97,10 +97,10 @@ class Gemm(PerExampleConv):
             )
 
     def kernel_gradient(self, grad_y_NKPQ: Tensor) -> Tensor:
-        """One product, in memory that the next tile uses again."""
+        """One product, in the memory of the mixed kernels, which have done their work by now."""
         grad_BKL, patches_BLD = self._matrix(grad_y_NKPQ).transpose(1, 2), self.patches_BLD
         shape = (grad_BKL.shape[0], grad_BKL.shape[1], patches_BLD.shape[2])
-        grad_BKD = workspace.get(math.prod(shape), grad_BKL, "kernel gradients").view(shape)
+        grad_BKD = workspace.get(math.prod(shape), grad_BKL, "mixed").view(shape)
         return torch.bmm(grad_BKL, patches_BLD, out=grad_BKD)
 
     def _product(self, left_BLM: Tensor, right_BMK: Tensor, target_NKPQ: Tensor, first: bool) -> None:
