@@ -10,6 +10,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
+import shutil
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,15 +28,20 @@ HELP = """Copy what a report needs of finished runs into a folder that git can h
 
   python -m reports.collect runs=outputs/evidence/reduced out=docs/results/cifar10/runs
   python report.py runs=docs/results/cifar10/runs
+  python -m reports.collect analysis=outputs/.../analysis out=docs/results/cifar10/analysis
 
-  runs=   folder of the runs, with any folders between
-  out=    where they go, under the same names; what is there stays, unless the same run ended later
+  runs=      folder of the runs, with any folders between
+  out=       where they go, under the same names; what is there stays, unless the same run ended later
+  analysis=  instead of runs=: the folder of a routing analysis; its Markdown, pictures in fewer colours, small tables
 """
 # Of these columns only the last value is kept: there are many, for each layer.
 ONCE = ("routing/",)
 # Said elsewhere: in result.json and config.yaml.
 NEVER = ("model/", "lr-")
 DIGITS = 5
+PAGE = "index.md"
+COLORS = 48
+SMALL_TABLE = 20_000
 
 
 def collect(root: Path, out: Path) -> tuple[list[str], list[str]]:
@@ -67,6 +74,34 @@ def collect(root: Path, out: Path) -> tuple[list[str], list[str]]:
             content = json.loads(path.read_text(encoding="utf-8"))
             _write_json(out / path.relative_to(root), portable(content, roots))
     return copied, unfinished
+
+
+def collect_analysis(folder: Path, out: Path) -> list[Path]:
+    """Copy a routing analysis: its Markdown, its PNGs with few colours, its small tables; returns the files.
+
+    Raises:
+        ReportError: there is none in the folder.
+    """
+    page = folder.expanduser() / PAGE
+    if not page.is_file():
+        raise ReportError(f"analysis={folder}: there is no {PAGE}; python eval.py ckpt=... analysis=routing writes it.")
+    from PIL import Image  # imported here: runs need none of it
+
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    for path in sorted(page.parent.glob("*.png")):
+        with Image.open(path) as image:
+            image.convert("RGB").quantize(COLORS).save(out / path.name, optimize=True)
+        written.append(out / path.name)
+    for path in sorted(page.parent.glob("*.csv")):
+        if path.stat().st_size <= SMALL_TABLE:
+            written.append(Path(shutil.copyfile(path, out / path.name)))
+    there = {path.name for path in written}
+    text = re.sub(
+        r"\[([^]]+\.csv)\]\(([^)]+)\)(, )?", lambda m: m[0] if m[2] in there else "", page.read_text(encoding="utf-8")
+    )
+    (out / PAGE).write_text(shortened(text), encoding="utf-8")
+    return [out / PAGE, *written]
 
 
 def _write_json(path: Path, content: Any) -> None:
@@ -141,10 +176,15 @@ def _values(rows: list[dict[str, str]]) -> Iterator[tuple[str, str]]:
 def main() -> None:
     """The command."""
     given = dict(word.partition("=")[::2] for word in sys.argv[1:])
-    if set(given) != {"runs", "out"} or not all(given.values()):
+    if set(given) not in ({"runs", "out"}, {"analysis", "out"}) or not all(given.values()):
         print(HELP, end="")
         sys.exit(0 if {"-h", "--help"} & set(given) else 2)
     try:
+        if "analysis" in given:
+            files = collect_analysis(Path(given["analysis"]), Path(given["out"]))
+            size = sum(path.stat().st_size for path in files) / 1000
+            print(f"copied {len(files)} files, {size:.0f} kB, to {given['out']}")
+            return
         copied, unfinished = collect(Path(given["runs"]), Path(given["out"]))
     except (ReportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -25,6 +25,7 @@ from reports.provenance import Options, hours, provenance
 from reports.runs import FINISHED, ReportError, Run
 
 FIGURES = ("effects",)
+ANALYSIS = Path("analysis") / "index.md"
 MAIN_KINDS = ("worse", "unclear", "single", "better")
 """Of the findings of a study, those that stand on the page; the others are in its own report."""
 
@@ -76,14 +77,14 @@ class Part:
     Attributes:
         missing: (name, seeds, how they stand) of the runs that are not finished.
         context: what the templates of a report show, empty if nothing was run.
-        sentences: its main findings.
+        sentences: its main findings, each with its rank.
     """
 
     study: Study
     comparison: Comparison | None = None
     missing: list[tuple[str, str, str]] = field(default_factory=list)
     context: dict[str, Any] = field(default_factory=dict)
-    sentences: list[Finding] = field(default_factory=list)
+    sentences: list[tuple[int, Finding]] = field(default_factory=list)
 
     @property
     def charts(self) -> list[Any]:
@@ -139,11 +140,24 @@ def select(
     old = {run.folder for name in study.runs if name in known for run in finished[name]} if fresh else set()
     told = [row.label for row in part.comparison.rows if {run.folder for run in row.group.runs} <= old]
     part.sentences = [
-        finding
+        (_rank(finding, part.comparison), finding)
         for finding in findings(part.comparison)
         if finding.kind in MAIN_KINDS and not any(finding.text.startswith(f"{label}: ") for label in told)
     ]
     return part
+
+
+def _rank(finding: Finding, comparison: Comparison) -> int:
+    """How early a finding stands: what speaks against the experts is first, also where they are the baseline."""
+    reverse = any(
+        row.group.is_static
+        and row.baseline is not None
+        and not row.baseline.group.is_static
+        and finding.text.startswith(f"{row.label}: ")
+        for row in comparison.rows
+    )
+    kind = {"worse": "better", "better": "worse"}.get(finding.kind, finding.kind) if reverse else finding.kind
+    return ORDER.index(kind)
 
 
 def _has_baseline(runs: Sequence[Run], baseline: str | None) -> bool:
@@ -189,17 +203,18 @@ def write_studies(
     together = compare(used)
     environment = Environment(loader=FileSystemLoader(TEMPLATES), keep_trailing_newline=True, autoescape=False)
     environment.filters["md"] = markdown_text
-    sentences = [(part, finding) for part in parts for finding in part.sentences]
+    sentences = [(rank, part, finding) for part in parts for rank, finding in part.sentences]
     context = {
         "studies": studies,
         "parts": parts,
-        "sentences": sorted(sentences, key=lambda pair: ORDER.index(pair[1].kind)),
+        "sentences": sorted(sentences, key=lambda sentence: sentence[0]),
         "kinds": KINDS,
         "target": target_lines(studies, parts),
         "hours": f"{hours(used):.1f}",
         "provenance": provenance(together, options),
         "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
         "notes": options.notes,
+        "analysis": _analysis(options.out),
     }
     template = environment.get_template("studies.md.j2")
     plain = template.render(**context, base=f"{options.out.name}/", page=f"{options.out.name}/index.html")
@@ -208,6 +223,13 @@ def write_studies(
     page = environment.overlay(autoescape=True).get_template("studies.html.j2")
     html = page.render(title=studies.title, css=css, body=body)
     return [write_text(options.out / "index.html", html), write_text(options.out.with_suffix(".md"), plain)], parts
+
+
+def _analysis(out: Path) -> str:
+    """The text of the routing analysis that lies beside the page, up to its pictures; empty if there is none."""
+    page = out / ANALYSIS
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    return text.partition("\n## ")[0].partition("\n")[2].strip()
 
 
 def target_lines(studies: Studies, parts: Sequence[Part]) -> list[tuple[str, str, str]]:

@@ -20,9 +20,10 @@ from pathlib import Path
 
 from configs.messages import UserError, did_you_mean
 from configs.results import ROOT, read_result
+from configs.runs import LAST, newest_good
 from sweeps.jobs import quoted
 
-HELP = """Run the studies of docs/results/cifar10.md, go on where they stopped, and write the report.
+HELP = """Run the studies of docs/results/cifar10.md, go on where they stopped, write the report and a routing analysis.
 
   python -m sweeps.evidence data.root=/cifar10                  everything, one job for each core at a time
   python -m sweeps.evidence data.root=/cifar10 studies=experts  one study; several with commas
@@ -43,6 +44,7 @@ their state; the same command goes on. Exit code: 0, 1 if a job failed, 130 if s
 """
 OPTIONS = ("studies", "protocol", "runs", "jobs", "seeds", "order", "keep", "out")
 STUDIES = ("experts", "second_backbone", "upcycled", "router_gain", "controls", "first_block", "routing")
+STUDIES += ("causes", "regimes")
 """In the order in which they are run; `upcycled` needs the static networks of `experts`."""
 PROTOCOLS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "reduced": (STUDIES, "1,2,3"),
@@ -251,6 +253,30 @@ def _call(command: Sequence[str]) -> int:
             signal.signal(number, handler)
 
 
+def analyse(evidence: Evidence) -> int:
+    """Routing analysis of the best network with 8 experts, beside the report; returns the exit code."""
+    if evidence.out is None:
+        return 0
+    found = []
+    for folder in (evidence.runs / "experts").glob("experts-8_seed-*"):
+        result = read_result(folder) or {}
+        figure = (result.get("figures") or {}).get("test/top1")
+        if result.get("status") == "finished" and figure is not None and newest_good(folder / LAST):
+            found.append((figure, folder))
+    if not found:
+        print("no routing analysis: no finished run with 8 experts and a checkpoint in studies=experts")
+        return 0
+    best = max(found)[1]
+    print(f"\n== routing analysis of {best}", flush=True)
+    if not (best / "analysis" / "index.md").is_file():
+        words = [f"ckpt={_value(best / LAST)}", "analysis=routing", "logger=none"]
+        code = _call([sys.executable, str(ROOT / "eval.py"), *words])
+        if code:
+            return code
+    words = [f"analysis={(best / 'analysis').absolute()}", f"out={(evidence.out / 'analysis').absolute()}"]
+    return subprocess.run([sys.executable, "-m", "reports.collect", *words], cwd=ROOT).returncode
+
+
 def report(evidence: Evidence) -> int:
     """Write the report of what is finished so far."""
     if evidence.out is None:
@@ -274,8 +300,9 @@ def main() -> None:
         if kept:
             print(f"{kept} runs of {evidence.keep} count as done")
         code = run(evidence)
-        reported = report(evidence) if code in (0, 1) else 0
-        sys.exit(code or reported)
+        if code in (0, 1):
+            code = analyse(evidence) or report(evidence) or code
+        sys.exit(code)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

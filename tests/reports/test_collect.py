@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 from run_folders import write_run
 
-from reports.collect import collect, thinned
+from reports.collect import collect, collect_analysis, thinned
 from reports.comparison import compare
 from reports.metrics import read_metrics
 from reports.runs import ReportError, find_folders, read_run
@@ -89,6 +91,27 @@ def test_copies_among_the_runs_are_refused(runs: Path) -> None:
         collect(runs, runs / "out")
     with pytest.raises(ReportError, match="there is no such folder"):
         collect(runs / "nothing", runs.parent / "out")
+
+
+def test_a_routing_analysis(tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "analysis"
+    folder.mkdir(parents=True)
+    rng = random.Random(1)
+    noise = Image.frombytes("RGB", (64, 64), bytes(rng.randrange(256) for _ in range(3 * 64 * 64)))
+    noise.save(folder / "by_depth.png")
+    (folder / "by_depth.svg").write_text("<svg/>")
+    (folder / "layers.csv").write_text("a,b\n")
+    (folder / "embedding.csv").write_text("x" * 100_000)
+    text = f"# Routing of x\n\n- Made in {tmp_path}/run.\n\n## Numbers\n\n"
+    text += "[layers.csv](layers.csv), [embedding.csv](embedding.csv)\n"
+    (folder / "index.md").write_text(text)
+    written = collect_analysis(folder, tmp_path / "out")
+    assert {path.name for path in written} == {"index.md", "by_depth.png", "layers.csv"}
+    assert (tmp_path / "out" / "by_depth.png").stat().st_size < (folder / "by_depth.png").stat().st_size / 2
+    page = (tmp_path / "out" / "index.md").read_text()
+    assert "[layers.csv](layers.csv)" in page and "embedding" not in page and str(tmp_path) not in page
+    with pytest.raises(ReportError, match=r"there is no index\.md; python eval.py ckpt=... analysis=routing"):
+        collect_analysis(tmp_path, tmp_path / "out")
 
 
 def test_the_command(runs: Path, tmp_path: Path) -> None:

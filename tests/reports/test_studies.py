@@ -73,6 +73,18 @@ def test_the_page_says_what_was_found_and_what_was_not_run(runs: Path, tmp_path:
     assert str(tmp_path) not in plain + page
 
 
+def test_experts_as_the_baseline_are_judged_the_other_way_round(runs: Path, tmp_path: Path) -> None:
+    for seed in (1, 2, 3):
+        for name, top1 in (("small", 0.5), ("large", 0.7)):
+            width = {"model.width": 0.5 if name == "small" else 0.7}
+            write_run(runs / "wide", 0, seed, top1 + 0.001 * seed, folder=f"{name}_seed-{seed}", overrides=width)
+    study = """  wide: {title: Wide, question: Q, runs: [experts/e-8, wide/small, wide/large], baseline: condconv.experts=8}
+"""
+    plain, _, _ = make(runs, tmp_path / "out", file=FILE + study)
+    places = [plain.index(f"(Wide): static, width {width}") for width in (0.7, 0.5)]
+    assert places[0] < plain.index("(Experts)") < places[1], "larger static networks that win speak against experts"
+
+
 def test_a_target_is_missed_only_where_the_interval_says_so(runs: Path, tmp_path: Path) -> None:
     """+1.1 points, between 0.85 and 1.35."""
     for points, verdict in ((1.0, "met"), (1.2, "not shown"), (2.0, "missed")):
@@ -83,7 +95,7 @@ def test_a_target_is_missed_only_where_the_interval_says_so(runs: Path, tmp_path
 def test_nothing_run_yet(tmp_path: Path) -> None:
     write_run(tmp_path / "runs" / "experts", 0, 1, folder="e-0_seed-1", status="running")
     plain, _, _ = make(tmp_path / "runs", tmp_path / "out")
-    assert "Nothing was run" in plain and plain.count("**Not run.**") == 3
+    assert "Nothing was run" in plain and plain.count("**Not run.**") == 4
     assert "experts/e-0 (seeds 1) not finished (running)" in plain
 
 
@@ -91,6 +103,18 @@ def test_notes_stand_on_the_page(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("## Limits\n\nWritten by *hand*.\n")
     plain, page, _ = make(runs, tmp_path / "out", f"notes={tmp_path / 'notes.md'}")
     assert "Written by *hand*." in plain and "Written by <em>hand</em>." in page
+
+
+def test_the_routing_analysis_beside_the_page(runs: Path, tmp_path: Path) -> None:
+    plain, _, _ = make(runs, tmp_path / "out")
+    assert re.search(r"## Routing of the best network\n\n\*\*Not run", plain)
+    (tmp_path / "out" / "analysis").mkdir()
+    (tmp_path / "out" / "analysis" / "index.md").write_text(
+        "# Routing of x\n\n- 3 dead.\n\n## Pictures\n\n![](a.png)\n"
+    )
+    plain, page, _ = make(runs, tmp_path / "out")
+    assert "\n- 3 dead.\n" in plain and "a.png" not in plain and "](out/analysis/index.md)" in plain
+    assert 'href="analysis/index.md"' in page
 
 
 def test_wrong_files_and_options_are_named(runs: Path, tmp_path: Path) -> None:
