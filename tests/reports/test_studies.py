@@ -78,9 +78,8 @@ def test_experts_as_the_baseline_are_judged_the_other_way_round(runs: Path, tmp_
         for name, top1 in (("small", 0.5), ("large", 0.7)):
             width = {"model.width": 0.5 if name == "small" else 0.7}
             write_run(runs / "wide", 0, seed, top1 + 0.001 * seed, folder=f"{name}_seed-{seed}", overrides=width)
-    study = """  wide: {title: Wide, question: Q, runs: [experts/e-8, wide/small, wide/large], baseline: condconv.experts=8}
-"""
-    plain, _, _ = make(runs, tmp_path / "out", file=FILE + study)
+    own = "runs: [experts/e-8, wide/small, wide/large], baseline: condconv.experts=8"
+    plain, _, _ = make(runs, tmp_path / "out", file=f"{FILE}  wide: {{title: Wide, question: Q, {own}}}\n")
     places = [plain.index(f"(Wide): static, width {width}") for width in (0.7, 0.5)]
     assert places[0] < plain.index("(Experts)") < places[1], "larger static networks that win speak against experts"
 
