@@ -57,9 +57,12 @@ class PerExampleConv(abc.ABC):
         self.kernel_RS = kernel_RS
         self.spec = spec
 
+    most_bytes: int | None = None
+    """Of what `bytes_per_example` counts, for all examples of a tile; None for `PATCHES_BYTES`."""
+
     @classmethod
     def bytes_per_example(cls, x_NCHW: Tensor, kernel_RS: tuple[int, int], spec: ConvSpec) -> int:
-        """Memory that the convolution of an example takes beyond its arguments and results, for patches."""
+        """Memory that the convolution of an example takes beyond its arguments and results, for patches or copies."""
         return 0
 
     @abc.abstractmethod
@@ -136,6 +139,14 @@ def plan_tiles(
     ]
 
 
+def _most_examples(
+    conv: type[PerExampleConv], x_NCHW: Tensor, kernel_RS: tuple[int, int], spec: ConvSpec
+) -> int | None:
+    """Examples of a tile whose patches or copies stay small; None where there are none."""
+    bytes_per_example = conv.bytes_per_example(x_NCHW, kernel_RS, spec)
+    return max(1, (conv.most_bytes or PATCHES_BYTES) // bytes_per_example) if bytes_per_example else None
+
+
 def _cached_budget(batch: int, experts: int, positions: int, bytes_per_channel: int) -> tuple[int, int]:
     """Bytes of a tile on a CPU and its most examples.
 
@@ -157,7 +168,7 @@ class _Mixer:
         weight_EKCRS: Tensor,
         split_channels: bool,
         budget: int,
-        bytes_per_example: int,
+        most_examples: int | None,
         positions: int,
         backward: bool = False,
     ) -> None:
@@ -168,16 +179,17 @@ class _Mixer:
         self.weights_per_channel = self.kernel_CRS.numel()
         self.weight_EM = weight_EKCRS.reshape(weight_EKCRS.shape[0], -1)
         itemsize = torch.finfo(self.dtype).bits // 8
-        most_examples = max(1, PATCHES_BYTES // bytes_per_example) if bytes_per_example else x_NCHW.shape[0]
+        shares_patches = most_examples is not None
         if not budget and split_channels and x_NCHW.device.type == "cpu":
-            unfolded = UNFOLDED_EXAMPLES if bytes_per_example and not backward else most_examples
-            rows = min(x_NCHW.shape[0], most_examples, unfolded)
+            rows = min(x_NCHW.shape[0], most_examples or x_NCHW.shape[0])
+            if shares_patches and not backward:
+                rows = min(rows, UNFOLDED_EXAMPLES)
             experts, per_channel = weight_EKCRS.shape[0], self.weights_per_channel * itemsize
             budget, most_examples = _cached_budget(rows, experts, positions, per_channel)
         budget = budget or AUTOMATIC_WORKSPACE_BYTES.get(x_NCHW.device.type, 4 << 20)
         shape = (x_NCHW.shape[0], weight_EKCRS.shape[1], self.weights_per_channel)
         self.tiles = plan_tiles(*shape, split_channels, itemsize, budget, most_examples)
-        if not bytes_per_example:
+        if not shares_patches:
             # The experts of some channels stay in the cache for all examples. Patches are rather made only once.
             self.tiles.sort(key=lambda tile: tile.channels.start)
 
@@ -230,9 +242,9 @@ def forward(
     size_HW = (x_NCHW.shape[2], x_NCHW.shape[3])
     weight_EKCRS, spec, _ = crop_to_live_taps(weight_EKCRS, size_HW, spec)
     kernel_RS = (weight_EKCRS.shape[3], weight_EKCRS.shape[4])
-    per_example = conv.bytes_per_example(x_NCHW, kernel_RS, spec)
+    most_examples = _most_examples(conv, x_NCHW, kernel_RS, spec)
     height, width = spec.output_size(size_HW, kernel_RS)
-    mixer = _Mixer(x_NCHW, routing_NE, weight_EKCRS, spec.groups == 1, workspace_bytes, per_example, height * width)
+    mixer = _Mixer(x_NCHW, routing_NE, weight_EKCRS, spec.groups == 1, workspace_bytes, most_examples, height * width)
     y_NKPQ = torch.empty(
         (x_NCHW.shape[0], weight_EKCRS.shape[1], height, width),
         dtype=x_NCHW.dtype,
@@ -266,9 +278,9 @@ def backward(
     # The input gradient is a sum over tiles of output channels, which half precision must not accumulate.
     half = x_NCHW.dtype != mixing_dtype(x_NCHW, routing_NE, weight_EKCRS)
     split = spec.groups == 1 and not (half and need_x)
-    per_example = conv.bytes_per_example(x_NCHW, kernel_RS, spec)
+    most_examples = _most_examples(conv, x_NCHW, kernel_RS, spec)
     positions = grad_y_NKPQ.shape[2] * grad_y_NKPQ.shape[3]
-    mixer = _Mixer(x_NCHW, routing_NE, weight_EKCRS, split, workspace_bytes, per_example, positions, backward=True)
+    mixer = _Mixer(x_NCHW, routing_NE, weight_EKCRS, split, workspace_bytes, most_examples, positions, backward=True)
     grad_x = torch.empty_like(x_NCHW) if need_x else None
     grad_routing = torch.zeros_like(mixer.routing_NE) if need_routing else None
     grad_weight = mixer.weight_EM.new_empty(mixer.weight_EM.shape, dtype=mixer.dtype) if need_weight else None
