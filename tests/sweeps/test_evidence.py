@@ -11,7 +11,8 @@ from PIL import Image
 
 from configs.messages import UserError
 from configs.results import write_result
-from sweeps.evidence import PROTOCOLS, STUDIES, keep_runs, main, minutes, parse
+from sweeps.evidence import keep_runs, main, minutes, with_static_network
+from sweeps.evidence_options import PROTOCOLS, STUDIES, parse
 
 
 @pytest.fixture
@@ -45,6 +46,8 @@ def test_the_order(data: Path) -> None:
     assert chosen.steps() == [(s, (n,)) for n in "12" for s in ("experts", "upcycled")], "upcycled needs the others"
     full = parse([f"data.root={data}", "protocol=full"])
     assert full.studies == PROTOCOLS["full"][0] and full.seeds == ("1", "2", "3", "4", "5")
+    assert "backbones" in full.studies and not {"second_backbone", "regimes"} & set(full.studies)
+    assert "condconv.experts=0,8,16,4,2,1" in full.command("experts", ("1",))
 
 
 @pytest.mark.parametrize(
@@ -87,6 +90,18 @@ def test_collected_runs_count_as_done(data: Path, tmp_path: Path) -> None:
     assert own["name"] == "own", "what is there is left alone"
     with pytest.raises(UserError, match="there is no such folder"):
         keep_runs(parse([f"data.root={data}", "keep=/nowhere"]))
+
+
+def test_upcycled_networks_need_the_static_ones(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evidence = parse([f"data.root={data}", f"runs={tmp_path / 'runs'}", "studies=upcycled"])
+    static = tmp_path / "runs" / "experts" / "experts-0_seed-2" / "checkpoints" / "last.ckpt"
+    static.parent.mkdir(parents=True)
+    static.touch()
+    for experts in (0, 8):
+        write_result(tmp_path / "runs" / "upcycled" / f"experts-{experts}_seed-3", {"status": "finished"})
+    assert with_static_network(evidence, evidence.seeds) == ("2", "3")
+    said = capsys.readouterr().err
+    assert "upcycled, seed 1: there is no" in said and "Run studies=experts for it first" in said
 
 
 @pytest.mark.slow
