@@ -85,9 +85,13 @@ def show_plan(evidence: Evidence, jobs: Sequence[tuple[str, str, str]]) -> None:
         estimate = "" if state == "finished" else "?" if needed is None else f"about {needed:.0f} CPU minutes"
         print(f"{study:<16} {name:<48} {state:<10} {estimate}")
     left = sum(state != "finished" for *_, state in jobs)
-    print(f"\n{len(jobs)} jobs, {left} to run: about {total / 60:.1f} hours of one core", end="")
-    print(f", {total / 60 / evidence.jobs:.1f} hours with {evidence.jobs} at a time", end="")
-    print(f"; nothing is known about {unknown}" if unknown else "")
+    print(f"\n{len(jobs)} jobs, {left} to run", end="")
+    if total:
+        hours = total / 60
+        print(
+            f": about {hours:.1f} hours of one core, {hours / evidence.jobs:.1f} with {evidence.jobs} at a time", end=""
+        )
+    print(f"; nothing is known about the time of {unknown}" if unknown else "")
 
 
 def run(evidence: Evidence) -> int:

@@ -43,6 +43,8 @@ PROTOCOLS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "full": (("experts", "backbones", *STUDIES[2:-1]), "1,2,3,4,5"),
 }
 FULL_EXPERTS = "condconv.experts=0,8,16,4,2,1"
+# What experiment=cifar10/upcycled changes of the reduced protocol.
+FULL_UPCYCLED = ["condconv.init=upcycle", "optim.base_lr=0.2"]
 STATIC = "experts/experts-0_seed-${seed}/checkpoints/last.ckpt"
 
 
@@ -64,10 +66,12 @@ class Evidence:
     def command(self, study: str, seeds: Sequence[str], *more: str) -> list[str]:
         """The command line of a study's sweep."""
         upcycled = study == "upcycled"
-        name = "upcycled" if upcycled else self.protocol
+        full = self.protocol == "full"
+        name = "upcycled" if upcycled and not full else self.protocol
         words = [sys.executable, str(ROOT / "train.py"), "-m", f"experiment=cifar10/{name}", f"sweep=cifar10/{study}"]
         words += [f"data.root={typed(self.data)}", f"sweep_dir={typed(self.runs / study)}", f"seed={','.join(seeds)}"]
-        words += [FULL_EXPERTS] if study == "experts" and self.protocol == "full" else []
+        words += [FULL_EXPERTS] if study == "experts" and full else []
+        words += FULL_UPCYCLED if upcycled and full else []
         words += [f"pretrained={typed(self.runs / STATIC)}"] if upcycled else []
         words += ["launcher=joblib", f"hydra.sweeper.launcher.n_jobs={self.jobs}"] if self.jobs > 1 else []
         return [*words, *self.others, *more]

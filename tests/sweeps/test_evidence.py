@@ -48,6 +48,7 @@ def test_the_order(data: Path) -> None:
     assert full.studies == PROTOCOLS["full"][0] and full.seeds == ("1", "2", "3", "4", "5")
     assert "backbones" in full.studies and not {"second_backbone", "regimes"} & set(full.studies)
     assert "condconv.experts=0,8,16,4,2,1" in full.command("experts", ("1",))
+    assert {"experiment=cifar10/full", "condconv.init=upcycle"} <= set(full.command("upcycled", ("1",)))
 
 
 @pytest.mark.parametrize(
