@@ -94,7 +94,7 @@ def collect_analysis(folder: Path, out: Path) -> list[Path]:
             image.convert("RGB").quantize(COLORS).save(out / path.name, optimize=True)
         written.append(out / path.name)
     for path in sorted(page.parent.glob("*.csv")):
-        if path.stat().st_size <= SMALL_TABLE:
+        if path.name != METRICS and path.stat().st_size <= SMALL_TABLE:  # with metrics.csv it would be taken for a run
             written.append(Path(shutil.copyfile(path, out / path.name)))
     there = {path.name for path in written}
     text = re.sub(

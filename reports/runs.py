@@ -124,8 +124,8 @@ def find_folders(roots: Sequence[Path]) -> Iterator[Path]:
                 continue
             seen.add(real)
             here = {CONFIG, RESULT, METRICS} & set(files)
-            # A run's own W&B folder repeats what its plain files say.
-            skipped = NEVER_ENTERED | ({"wandb"} if here else set())
+            # A run's own W&B folder repeats what its plain files say; its analysis is no run.
+            skipped = NEVER_ENTERED | ({"wandb", "analysis"} if here else set())
             folders[:] = sorted(name for name in folders if name not in skipped)
             if here or any(name.endswith(".wandb") for name in files):
                 folders[:] = [name for name in folders if not any(name.endswith(".wandb") for name in files)]

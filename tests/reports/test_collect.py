@@ -52,6 +52,9 @@ def test_a_report_of_the_copies_is_the_same(runs: Path, tmp_path: Path) -> None:
     one, other = compare(own), compare(copies)
     assert [(row.value, row.difference) for row in one.rows] == [(row.value, row.difference) for row in other.rows]
     assert len(one.rows) == 3 and one.rows[1].difference is not None and one.rows[1].difference.n == 2
+    (runs / "experts" / "experts-0_seed-1" / "analysis").mkdir()
+    (runs / "experts" / "experts-0_seed-1" / "analysis" / "metrics.csv").write_text("step\n")
+    assert list(find_folders([runs])) == [run.folder for run in own], "an analysis is no run"
     finished = [run for run in own if run.status == "finished"]
     for run, copy in zip(finished, copies, strict=True):
         for name, points in run.curves.items():
@@ -101,6 +104,7 @@ def test_a_routing_analysis(tmp_path: Path) -> None:
     noise.save(folder / "by_depth.png")
     (folder / "by_depth.svg").write_text("<svg/>")
     (folder / "layers.csv").write_text("a,b\n")
+    (folder / "metrics.csv").write_text("a,b\n")
     (folder / "embedding.csv").write_text("x" * 100_000)
     text = f"# Routing of x\n\n- Made in {tmp_path}/run.\n\n## Numbers\n\n"
     text += "[layers.csv](layers.csv), [embedding.csv](embedding.csv)\n"
