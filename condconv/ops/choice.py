@@ -2,10 +2,10 @@
 
 The rule knows few facts. Kernel mixing moves N x P numbers and costs E multiply-adds for each; running every expert
 costs E convolutions. So on maps of few positions the mixture form is cheaper, on larger maps mixing first. Dense k x k
-layers go to products of unfolded patches: on a CPU those beat grouped convolution in every pass of every shape of the
-ResNets (docs/experiments.md, "Which algorithm for k x k layers on a CPU?"). Nothing has been measured on a GPU yet, so
-there the rule never names a Triton kernel: batched matrix products, the mixture form and grouped convolution are its
-candidates.
+layers go to products of unfolded patches, on a CPU with large maps and stride 1 to the library's grouped convolution,
+which unfolds nothing (docs/experiments.md, "Which algorithm for k x k layers on a CPU?"). Nothing has been measured on
+a GPU yet, so there the rule never names a Triton kernel: batched matrix products, the mixture form and grouped
+convolution are its candidates.
 """
 
 from __future__ import annotations
@@ -15,7 +15,13 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple
 
+import torch
+
 from condconv.ops.spec import Problem, live_taps
+
+UNFOLDS_BELOW = 196
+"""Output positions from which dense k x k layers with stride 1 are faster as grouped convolutions, on a CPU in float32.
+At 14 x 14 by 0.8, at 28 x 28 and 56 x 56 by 0.4 to 0.6; at 10 x 10 it is no faster, at 7 x 7 slower."""
 
 
 class Choice(NamedTuple):
@@ -59,6 +65,11 @@ def rule(problem: Problem) -> Choice:
     if pointwise and positions <= 4 and problem.batch >= 2 * problem.experts:
         return Choice(
             "mixture", f"{positions} positions, batch {problem.batch}: all experts run at the speed of large matrices"
+        )
+    library = problem.device == "cpu" and problem.dtype == torch.float32
+    if library and live_RS != (1, 1) and positions >= UNFOLDS_BELOW and spec.stride == spec.dilation == (1, 1):
+        return Choice(
+            "grouped", f"{positions} positions, k x k, stride 1: one convolution with a group for each example"
         )
     return Choice("gemm", f"{positions} positions: mix kernels, then batched matrix products")
 
