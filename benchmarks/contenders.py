@@ -30,9 +30,10 @@ class Trio:
         backbone: one of `models.list_backbones()`.
         experts: of every CondConv layer.
         device: "cpu" or "cuda".
+        peer: timm's network too.
     """
 
-    def __init__(self, backbone: str, experts: int, device: str) -> None:
+    def __init__(self, backbone: str, experts: int, device: str, peer: bool = True) -> None:
         self.key = (backbone, experts, device)
         self.networks: dict[str, nn.Module] = {}
         for name, count in ((STATIC, 0), (OURS, experts)):
@@ -46,8 +47,9 @@ class Trio:
         self.missing: dict[str, str] = {}
         self.peer: Peer | None = None
         try:
-            self.peer = timm_peer(backbone, self.networks[OURS], experts)
-            self.networks[TIMM], self.titles[TIMM] = self.peer.network, self.peer.title
+            if peer:
+                self.peer = timm_peer(backbone, self.networks[OURS], experts)
+                self.networks[TIMM], self.titles[TIMM] = self.peer.network, self.peer.title
         except PeerMissing as error:
             self.missing[TIMM] = str(error)
         for network in self.networks.values():

@@ -26,7 +26,7 @@ from benchmarks.bounds import Rates, bound_ms, measure_rates
 from benchmarks.layer_tables import LOOP, STATIC, TIMM
 from benchmarks.peers import PeerMissing, timm_condconv2d
 from benchmarks.report import Report, Row, add_common_options, output_folder
-from benchmarks.timing import failure, time_in_turns
+from benchmarks.timing import failure, time_in_turns, use_processor_time
 from condconv import CondLinear, condconv2d
 from condconv.ops.choice import choose
 from condconv.ops.registry import BACKENDS, REFERENCE
@@ -233,9 +233,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--image-size", type=int)
     parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument(
+        "--processor-time", action="store_true", help="of one thread on the CPU, for a machine that others use too"
+    )
     add_common_options(parser)
     args = parser.parse_args(arguments)
     on_cuda = args.device == "cuda"
+    if args.processor_time and on_cuda:
+        parser.error("--processor-time is for the CPU: use --device cpu")
     args.backbones = args.backbones or (["efficientnet_b0"] if args.quick else list(list_backbones()))
     args.batch_sizes = args.batch_sizes or ([3] if args.quick else [1, 256] if on_cuda else [1, 16])
     args.dtypes = args.dtypes or (["bfloat16"] if on_cuda else ["float32"])
@@ -248,7 +253,11 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     gates.exact_float32()
     folder = output_folder(args)
-    report = Report("layers", args.device, folder, layer_tables.render, args.fresh)
+    if args.processor_time:
+        torch.set_num_threads(1)
+        use_processor_time()
+    facts = {"clock": "processor" if args.processor_time else "wall"}
+    report = Report("layers", args.device, folder, layer_tables.render, args.fresh, facts)
     if "rates" not in report.origin or not set(args.dtypes) <= report.origin["rates"]["madds_per_s"].keys():
         rates = measure_rates(args.device, [getattr(torch, name) for name in args.dtypes])
         report.origin["rates"] = rates.as_json()

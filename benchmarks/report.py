@@ -84,17 +84,24 @@ class Report:
         folder: where the files go.
         render: makes the Markdown of the rows.
         fresh: forget earlier rows.
+        facts: what else the rows of this run hold for; rows of other facts are measured again.
     """
 
     def __init__(
-        self, name: str, device: str, folder: Path, render: Callable[[list[Row]], str], fresh: bool = False
+        self,
+        name: str,
+        device: str,
+        folder: Path,
+        render: Callable[[list[Row]], str],
+        fresh: bool = False,
+        facts: Json | None = None,
     ) -> None:
         self.name, self.render = name, render
         self.path = folder / f"{name}-{device_slug(device)}.json"
         self.data: Json = {"benchmark": name, "origins": [], "rows": [], "running": {}}
         if self.path.exists() and not fresh:
             self.data = json.loads(self.path.read_text(encoding="utf-8"))
-        now = origin(device)
+        now = origin(device) | (facts or {})
         same = [i for i, known in enumerate(self.data["origins"]) if {key: known.get(key) for key in now} == now]
         if not same:
             self.data["origins"].append({**now, "date": time.strftime("%Y-%m-%d"), "commands": []})
@@ -149,6 +156,9 @@ class Report:
                 # Reached by errors and by Ctrl-C, not when the process is killed.
                 self.data["running"].pop(row_id)
         row = {"id": row_id, "origin": self.origin_index, **row}
+        load = round(os.getloadavg()[0], 1)
+        lowest, highest = self.origin.get("load", (load, load))
+        self.origin["load"] = (min(load, lowest), max(load, highest))
         places = [i for i, old in enumerate(self.rows) if old["id"] == row_id]
         if places:
             self.rows[places[0]] = row
@@ -183,7 +193,7 @@ class Report:
             lines += [f"Origin{mark}:", "", *(f"- {text}" for text in _origin_lines(self.data["origins"][index])), ""]
         if len(used) > 1:
             lines += ["Rows are marked with their origin.", ""]
-        return "\n".join(lines) + self.render(self.rows)
+        return "\n".join([*lines, self.render(self.rows)])
 
 
 def _origin_lines(facts: Json) -> list[str]:
@@ -192,6 +202,10 @@ def _origin_lines(facts: Json) -> list[str]:
     lines.append(f"commit {facts['commit']}{dirty}, {facts['date']}")
     lines.append(f"{facts['device']}; {facts['cpu']}")
     lines.append(", ".join(f"{k} {v}" for k, v in facts["versions"].items()) + f", Python {facts['python']}")
+    if "load" in facts:
+        lines.append(f"load of the machine, this run included: {facts['load'][0]} to {facts['load'][1]} processes")
+    if "clock" in facts:
+        lines.append(f"clock: {facts['clock']} time")
     if "rates" in facts:
         rates = facts["rates"]
         arithmetic = ", ".join(f"{r / 1e9:.0f} G multiply-adds/s {d}" for d, r in rates["madds_per_s"].items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import layers
+from benchmarks import layers, timing
 from benchmarks.bounds import Rates, bound_ms, least_bytes, least_madds
 from benchmarks.layers import Shape
 from condconv.ops.registry import BACKENDS
@@ -32,11 +33,11 @@ SMALL = Problem(
 )
 
 
-def measured(folder: Path, monkeypatch: pytest.MonkeyPatch, shape: Shape) -> dict[str, Any]:
+def measured(folder: Path, monkeypatch: pytest.MonkeyPatch, shape: Shape, *options: str) -> dict[str, Any]:
     """The one row of a run over this shape."""
     monkeypatch.setattr(layers, "shapes_of", lambda *arguments: {shape: 2})
     monkeypatch.setattr(layers, "BUDGET_S", {True: 0.001})
-    layers.main(["--quick", "--device", "cpu", "--modes", "training", "--output", str(folder)])
+    layers.main(["--quick", "--device", "cpu", "--modes", "training", "--output", str(folder), *options])
     row: dict[str, Any] = json.loads((folder / "layers-cpu.json").read_text())["rows"][0]
     return row
 
@@ -50,6 +51,18 @@ def test_a_table_with_a_time_for_every_backend_that_can(tmp_path: Path, monkeypa
     assert "| 6 -> 4 3x3 on 5x5 |" in text
     assert "efficientnet_b0" in text
     assert [path.stat().st_size < 100_000 for path in tmp_path.glob("*.svg")] == [True]
+
+
+def test_processor_time_is_of_one_thread_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    monkeypatch.setattr(timing, "_clock", timing._clock)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    measured(tmp_path, monkeypatch, Shape(SMALL, linear=False), "--processor-time")
+    assert threads == [1]
+    assert timing._clock is time.process_time
+    assert "- clock: processor time" in (tmp_path / "layers-cpu.md").read_text()
+    with pytest.raises(SystemExit):
+        layers.parse(["--processor-time", "--device", "cuda"])
 
 
 def test_a_linear_layer_is_measured_beside_a_linear_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

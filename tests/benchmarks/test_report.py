@@ -60,6 +60,25 @@ def test_an_interrupted_run_continues(tmp_path: Path) -> None:
     assert finished.data["running"] == {}
 
 
+def test_rows_of_other_facts_are_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    loads = iter([2.04, 5.0, 1.0])
+    monkeypatch.setattr(report.os, "getloadavg", lambda: (next(loads), 0.0, 0.0))
+
+    def run_with(clock: str) -> None:
+        made = Report("tiny", "cpu", tmp_path, render, facts={"clock": clock})
+        made.run(counting(calls, "a", "b") if clock == "wall" else counting(calls, "a"), lambda row: row["id"])
+
+    run_with("wall")
+    run_with("wall")
+    assert calls == ["a", "b"]
+    text = (tmp_path / "tiny-cpu.md").read_text()
+    assert "- clock: wall time" in text
+    assert "- load of the machine, this run included: 2.0 to 5.0 processes" in text
+    run_with("processor")
+    assert calls == ["a", "b", "a"]
+
+
 def test_fresh_measures_again(tmp_path: Path) -> None:
     calls: list[str] = []
     for fresh in (False, True):

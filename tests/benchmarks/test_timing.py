@@ -5,7 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from benchmarks.timing import Timing, failure, time_in_turns
+import pytest
+
+from benchmarks import timing
+from benchmarks.timing import Timing, failure, time_in_turns, time_once_ms
 
 
 def test_contenders_take_turns_and_slow_ones_leave_first() -> None:
@@ -51,3 +54,10 @@ def test_ratios_are_of_medians_with_the_spread_of_rounds() -> None:
     longer = Timing((1.0, 4.0, 3.0, 99.0, 99.0))
     assert ours.over(longer) == ours.over(static), "rounds that only one of them ran do not count"
     assert ours.as_json() == {"median_ms": 4.0, "min_ms": 2.0, "max_ms": 9.0, "rounds": 3}
+
+
+def test_processor_time_does_not_count_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "_clock", time.perf_counter)
+    assert time_once_ms(lambda: time.sleep(0.02), "cpu") >= 20
+    timing.use_processor_time()
+    assert time_once_ms(lambda: time.sleep(0.02), "cpu") < 15
