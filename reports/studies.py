@@ -16,6 +16,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
+from reports.charts import difference_text
 from reports.comparison import Comparison, compare
 from reports.findings import KINDS as ORDER
 from reports.findings import Finding, findings, interval_text
@@ -26,8 +27,8 @@ from reports.runs import FINISHED, ReportError, Run
 
 FIGURES = ("effects",)
 ANALYSIS = Path("analysis") / "index.md"
-MAIN_KINDS = ("worse", "unclear", "single", "better")
-"""Of the findings of a study, those that stand on the page; the others are in its own report."""
+FITTED = "The training images are fitted better"
+"""How the finding begins that stands on the page beside the differences; the others are in a study's own report."""
 
 
 @dataclass(frozen=True)
@@ -139,25 +140,29 @@ def select(
     part.comparison = compare(runs, None, study.baseline if _has_baseline(runs, study.baseline) else None)
     old = {run.folder for name in study.runs if name in known for run in finished[name]} if fresh else set()
     told = [row.label for row in part.comparison.rows if {run.folder for run in row.group.runs} <= old]
-    part.sentences = [
-        (_rank(finding, part.comparison), finding)
-        for finding in findings(part.comparison)
-        if finding.kind in MAIN_KINDS and not any(finding.text.startswith(f"{label}: ") for label in told)
-    ]
+    part.sentences = _sentences(part.comparison, told)
     return part
 
 
-def _rank(finding: Finding, comparison: Comparison) -> int:
-    """How early a finding stands: what speaks against the experts is first, also where they are the baseline."""
-    reverse = any(
-        row.group.is_static
-        and row.baseline is not None
-        and not row.baseline.group.is_static
-        and finding.text.startswith(f"{row.label}: ")
-        for row in comparison.rows
-    )
-    kind = {"worse": "better", "better": "worse"}.get(finding.kind, finding.kind) if reverse else finding.kind
-    return ORDER.index(kind)
+def _sentences(comparison: Comparison, told: Collection[str]) -> list[tuple[int, Finding]]:
+    """One sentence for all groups of the same verdict, but those in `told`; and whether training images gained more.
+
+    The rank is lower for what speaks against the experts, also where they are the baseline.
+    """
+    metric, by_kind = comparison.metric, dict[tuple[int, str], list[str]]()
+    for row in comparison.rows:
+        if row.difference is None or row.label in told:
+            continue
+        kind = metric.better(row.difference)
+        reverse = row.group.is_static and row.baseline is not None and not row.baseline.group.is_static
+        meaning = {"worse": "better", "better": "worse"}.get(kind, kind) if reverse else kind
+        by_kind.setdefault((ORDER.index(meaning), kind), []).append(f"{row.label}: {difference_text(metric, row)}")
+    unit = "points of " if metric.is_share else ""
+    found = [
+        (rank, Finding(kind, f"{'; '.join(each)} ({unit}{metric.name} to {comparison.baseline}, 95 % intervals)."))
+        for (rank, kind), each in by_kind.items()
+    ]
+    return found + [(ORDER.index(f.kind), f) for f in findings(comparison) if f.text.startswith(FITTED)]
 
 
 def _has_baseline(runs: Sequence[Run], baseline: str | None) -> bool:

@@ -82,6 +82,7 @@ def test_experts_as_the_baseline_are_judged_the_other_way_round(runs: Path, tmp_
     plain, _, _ = make(runs, tmp_path / "out", file=f"{FILE}  wide: {{title: Wide, question: Q, {own}}}\n")
     places = [plain.index(f"(Wide): static, width {width}") for width in (0.7, 0.5)]
     assert places[0] < plain.index("(Experts)") < places[1], "larger static networks that win speak against experts"
+    assert re.search(r"\*\*better\*\* \(Wide\): static, width 0.7: \+\d+", plain)
 
 
 def test_a_target_is_missed_only_where_the_interval_says_so(runs: Path, tmp_path: Path) -> None:
