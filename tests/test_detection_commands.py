@@ -60,6 +60,18 @@ def test_train_then_eval(commands: Commands, tmp_path: Path) -> None:
     assert (tmp_path / "elsewhere" / "pictures.png").is_file()
 
 
+@pytest.mark.slow
+def test_routing_of_a_detector(commands: Commands, tmp_path: Path) -> None:
+    assert commands.train(*TINY, "callbacks.detections=null").code == 0
+    run = only_run(tmp_path)
+    done = commands.eval(f"ckpt={run}", "analysis=routing")
+    assert done.code == 0, done.err
+    page = (run / "analysis" / "index.md").read_text()
+    assert "Ablations are measured for classifiers only" in page
+    with (run / "analysis" / "classes.csv").open(newline="") as file:
+        assert {row["class"] for row in csv.DictReader(file)} <= set("0123456789")
+
+
 def test_export_and_predict(commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert commands.train(*TINY, "model.score_threshold=0", "callbacks.detections=null").code == 0
     run, images = only_run(tmp_path), tmp_path / "images"
