@@ -170,10 +170,15 @@ def analyse(evidence: Evidence) -> int:
 
 
 def report(evidence: Evidence) -> int:
-    """Write the report of what is finished so far."""
+    """Write the report of what is finished, from copies without paths, so that kept runs and new ones compare."""
     if evidence.out is None:
         return 0
-    words = [f"runs={evidence.runs}", f"out={evidence.out}"]
+    copies, out = (evidence.out / "runs").absolute(), evidence.out.absolute()
+    words = [f"runs={evidence.runs.absolute()}", f"out={copies}"]
+    code = subprocess.run([sys.executable, "-m", "reports.collect", *words], cwd=ROOT).returncode
+    if code:
+        return code
+    words = [f"runs={copies}", f"out={out}", "links=false"]
     words += [f"studies={STUDIES_FILE}"] if evidence.protocol == "reduced" else []
     return subprocess.run([sys.executable, str(ROOT / "report.py"), *words]).returncode
 

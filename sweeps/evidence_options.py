@@ -29,7 +29,7 @@ HELP = """Run the studies of docs/results/cifar10.md, go on where they stopped, 
   seeds=       [1,2,3; full: 1,2,3,4,5]
   order=       studies: one study after the other; seeds: all studies of the first seed first [studies]
   keep=        a folder of collected runs that count as done: docs/results/cifar10/runs; null: from scratch [null]
-  out=         folder of the report; null: none [<runs>/report]
+  out=         folder of the report; null: none [<runs>-report]
 
 Any other key=value is passed on to every training (trainer=gpu, trainer.max_epochs=2, ...). Ctrl-C: running jobs save
 their state; the same command goes on. Exit code: 0, 1 if a job failed, 130 if stopped.
@@ -129,7 +129,7 @@ def parse(words: Sequence[str]) -> Evidence:
         tuple(given.get("seeds", seeds).split(",")),
         given.get("order") == "seeds",
         _path(given.get("keep", "null")),
-        _path(given.get("out", str(runs / "report"))),
+        _path(given.get("out", f"{runs}-report")),
         tuple(others),
     )
 

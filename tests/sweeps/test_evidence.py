@@ -117,7 +117,7 @@ def test_studies_in_miniature(data: Path, tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.raises(SystemExit) as ended:
             main()
         assert ended.value.code == 0
-        text = (tmp_path / "runs" / "report.md").read_text()
+        text = (tmp_path / "runs-report.md").read_text()
         assert "upcycled/experts-8 (seeds 1, 2, 3) not run" in text
         results = sorted((tmp_path / "runs").glob("*/*/result.json"))
         assert [path.parent.parent.name for path in results] == ["experts", "upcycled"]
