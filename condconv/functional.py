@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from condconv.ops import reference
-from condconv.ops.operator import conv2d
+from condconv.ops.operator import conv2d, convolve, is_unobserved
 from condconv.ops.registry import REFERENCE, check_name
 from condconv.ops.spec import ConvSpec, mixing_dtype, without_autocast
 
@@ -186,7 +187,8 @@ def condconv2d(
         with without_autocast(x.device):
             return reference.condconv2d(x, routing_weights, weight, bias, spec)
     training = torch.is_grad_enabled() and (x.requires_grad or routing_weights.requires_grad or weight.requires_grad)
-    y: Tensor = conv2d(
+    run: Callable[..., Tensor] = convolve if not training and is_unobserved(x, routing_weights, weight) else conv2d
+    y = run(
         x, routing_weights, weight, spec.stride, spec.padding, spec.dilation, groups, backend, training, workspace_bytes
     )
     return y if bias is None else y + _mix_bias(routing_weights, bias, y.dtype)[:, :, None, None]

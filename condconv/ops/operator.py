@@ -10,11 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from condconv.ops.choice import choose
 from condconv.ops.registry import AUTO, get_backend
 from condconv.ops.spec import ConvSpec, Problem, is_channels_last, memory_format_of, without_autocast
+
+_ORDINARY = (Tensor, nn.Parameter)
 
 
 def _dense(x_NCHW: Tensor) -> Tensor:
@@ -38,8 +41,7 @@ def _empty_output(x_NCHW: Tensor, weight_EKCRS: Tensor, spec: ConvSpec) -> Tenso
     return torch.empty(shape, dtype=x_NCHW.dtype, device=x_NCHW.device, memory_format=memory_format_of(_dense(x_NCHW)))
 
 
-@torch.library.custom_op("condconv::conv2d", mutates_args=())
-def conv2d(
+def convolve(
     x_NCHW: Tensor,
     routing_NE: Tensor,
     weight_EKCRS: Tensor,
@@ -51,7 +53,11 @@ def conv2d(
     training: bool,
     workspace_bytes: int,
 ) -> Tensor:
-    """Per-example convolution without bias. Arguments are taken as validated by `condconv.functional`."""
+    """Per-example convolution without bias. Arguments are taken as validated by `condconv.functional`.
+
+    The operator's implementation. It may be called by itself where `is_unobserved`: of the time of a small layer at
+    batch 1, dispatching the operator is a third.
+    """
     spec = _spec(stride, padding, dilation, groups)
     if x_NCHW.shape[0] == 0:
         return _empty_output(x_NCHW, weight_EKCRS, spec)
@@ -60,6 +66,22 @@ def conv2d(
     with without_autocast(x_NCHW.device):
         y_NKPQ: Tensor = chosen.forward(x_NCHW, routing_NE, weight_EKCRS, spec, workspace_bytes)
     return y_NKPQ
+
+
+conv2d = torch.library.custom_op("condconv::conv2d", convolve, mutates_args=())
+
+
+def is_unobserved(*tensors: Tensor) -> bool:
+    """Whether these are ordinary tensors on a CPU and nobody compiles, traces, transforms or intercepts operators."""
+    return (
+        all(type(t) in _ORDINARY and t.device.type == "cpu" for t in tensors)
+        and not torch.compiler.is_compiling()
+        and not torch._C._is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._is_torch_function_mode_enabled()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+    )
 
 
 @conv2d.register_fake

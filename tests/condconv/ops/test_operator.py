@@ -11,9 +11,13 @@ import pytest
 import torch
 from numerics import assert_close
 from oracle import CPU_BACKENDS, Case, case_for, leaves
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from condconv import condconv2d
+from condconv import condconv2d, functional
 from condconv.ops import chunked, operator, registry
 
 TINY = {
@@ -190,3 +194,44 @@ def test_threads_do_not_share_their_workspace() -> None:
                 assert torch.equal(together, expected)
     finally:
         sys.setswitchinterval(interval)
+
+
+def test_the_operator_is_left_out_only_where_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without gradients its implementation is called by itself; tracers, modes and transforms see the operator."""
+    calls: list[str] = []
+    for name in ("conv2d", "convolve"):
+        function = getattr(operator, name)
+        spy = lambda *args, name=name, function=function: (calls.append(name), function(*args))[1]  # noqa: E731
+        monkeypatch.setattr(functional, name, spy)
+    x, routing, weight, _ = TINY["pointwise"].tensors()
+
+    def by(*tensors: Tensor) -> str:
+        calls.clear()
+        condconv2d(*tensors)
+        return calls[0]
+
+    assert by(x, routing, weight) == "convolve"
+    assert by(x, routing, weight.clone().requires_grad_()) == "conv2d"
+    with torch.no_grad():
+        assert by(x, routing, nn.Parameter(weight)) == "convolve"
+    with Recorder() as seen:
+        assert by(x, routing, weight) == "conv2d"
+    assert "condconv.conv2d.default" in seen.names
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert by(x, routing, weight) == "conv2d"
+    with forward_ad.dual_level():
+        assert by(x, routing, weight) == "conv2d"
+    traced = make_fx(lambda x: condconv2d(x, routing, weight))(x)
+    assert "condconv.conv2d" in traced.code
+    meta = [t.to("meta") for t in (x, routing, weight)]
+    assert by(*meta) == "conv2d"
+
+
+class Recorder(TorchDispatchMode):
+    """Names of the operators that are called inside."""
+
+    names: list[str]
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names = [*getattr(self, "names", []), str(function)]
+        return function(*args, **(kwargs or {}))

@@ -17,14 +17,24 @@ LAYERS = [
 ]
 
 
-@pytest.mark.parametrize("block", [1, 10, 1 << 18])
+@pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("case", LAYERS, ids=str)
-def test_blocks_of_any_size_give_the_oracles_answer(case: Case, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_number_of_products_gives_the_oracles_answer(
+    case: Case, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(single, "SMALLEST_BLOCK", 0)
-    monkeypatch.setattr(single, "BLOCK", block)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     for channels_last in (False, True):
         tensors = case.tensors(channels_last=channels_last)
         assert_all_close(run(tensors, case.spec, "single"), oracle(tensors, case.spec), torch.float64)
+
+
+@pytest.mark.parametrize("block", [1, 10, 1 << 18])
+def test_experts_of_another_dtype_are_added_in_blocks_of_any_size(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(single, "SMALLEST_BLOCK", 0)
+    monkeypatch.setattr(single, "BLOCK", block)
+    weight, routing = torch.randn(4, 37).bfloat16(), torch.rand(4)
+    assert_close(single.mix(routing, weight), routing.double() @ weight.double(), "mixed kernel", torch.float32)
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
