@@ -109,6 +109,11 @@ class Gemm(PerExampleConv):
         if target_BLK.data_ptr() != target_NKPQ.data_ptr():  # a tile of a grouped or otherwise strided output
             product_BLK = torch.bmm(left_BLM, right_BMK)
             store(target_NKPQ, product_BLK.transpose(1, 2).reshape(target_NKPQ.shape), first)
+        elif self.rows and target_BLK.device.type == "cpu" and not target_BLK.is_contiguous():
+            # Into a tile of the channels the library would write one example after another, each on all threads.
+            shape = (left_BLM.shape[0], left_BLM.shape[1], right_BMK.shape[2])
+            product_BLK = workspace.get(math.prod(shape), left_BLM, "product").view(shape)
+            store(target_BLK, torch.bmm(left_BLM, right_BMK, out=product_BLK), first)
         elif self.rows:
             target_BLK.baddbmm_(left_BLM, right_BMK, beta=0 if first else 1)
         else:
