@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from benchmarks.memory import BYTES_PER_MB, peak_bytes
 from benchmarks.peers import Peer, PeerMissing, timm_peer
 from benchmarks.presets import Case
-from condconv.ops import chunked
+from condconv.ops.workspace import workspace
 from condconv.routing import Router
 from models import create_model
 
@@ -103,7 +103,7 @@ class Trio:
             # Kept alive beyond zero_grad, so that the meter finds them by their addresses.
             gradients.extend(p.grad for p in network.parameters() if p.grad is not None)
 
-        chunked._workspace.buffers.clear()  # kept between calls: made again in this step, it counts
+        workspace.buffers.clear()  # kept between calls: made again in this step, it counts
         handle = optimizer.register_step_pre_hook(remember)
         try:
             return peak_bytes(step, kept, case.device) / BYTES_PER_MB

@@ -14,13 +14,13 @@ again instead of saving. How one tile is convolved is a subclass of `PerExampleC
 from __future__ import annotations
 
 import abc
-import threading
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from condconv.ops.spec import ConvSpec, crop_to_live_taps, memory_format_of, mixing_dtype
+from condconv.ops.workspace import workspace
 
 AUTOMATIC_WORKSPACE_BYTES = {"cpu": 16 << 20, "cuda": 24 << 20}
 """Most workspace when the caller gives 0: inside the last-level cache of one CPU core complex, inside the L2 of a
@@ -81,34 +81,11 @@ class PerExampleConv(abc.ABC):
         """The gradient of a tile's kernels `[N, K, C/G, R, S]`, or any shape of as many elements in that order."""
 
 
-class _Tile(NamedTuple):
+class Tile(NamedTuple):
+    """Examples and output channels whose kernels are mixed at once."""
+
     examples: slice
     channels: slice
-
-
-class _Workspace(threading.local):
-    """One buffer per thread, dtype and use, kept between calls.
-
-    Fresh memory of this size costs more in page faults than the work that is done in it.
-    """
-
-    def __init__(self) -> None:
-        self.buffers: dict[tuple[torch.dtype, str], Tensor] = {}
-
-    def get(self, numel: int, like: Tensor, use: str) -> Tensor:
-        """A flat uninitialised tensor of `numel` elements. On a GPU the caching allocator does this, per stream."""
-        if like.device.type != "cpu":
-            return like.new_empty(numel)
-        key = (like.dtype, use)
-        buffer = self.buffers.get(key)
-        if buffer is None or buffer.numel() < numel:
-            # A buffer made in inference mode (validation) could not be written to in the next training step.
-            with torch.inference_mode(False):
-                buffer = self.buffers[key] = torch.empty(numel, dtype=like.dtype)
-        return buffer[:numel]
-
-
-_workspace = _Workspace()
 
 
 def plan_tiles(
@@ -119,7 +96,7 @@ def plan_tiles(
     itemsize: int,
     budget_bytes: int,
     most_examples: int | None = None,
-) -> list[_Tile]:
+) -> list[Tile]:
     """Tiles of (examples, output channels) whose mixed kernels fit in the budget, of at most so many examples.
 
     Each holds at least one example and 32 output channels.
@@ -133,7 +110,7 @@ def plan_tiles(
     example_step = min(batch, most_examples or batch, max(1, budget // max(1, channel_step * weights_per_channel)))
     example_step = max(1, example_step)
     return [
-        _Tile(slice(n, min(n + example_step, batch)), slice(k, min(k + channel_step, out_channels)))
+        Tile(slice(n, min(n + example_step, batch)), slice(k, min(k + channel_step, out_channels)))
         for n in range(0, batch, example_step)
         for k in range(0, out_channels, channel_step)
     ]
@@ -193,21 +170,21 @@ class _Mixer:
             # The experts of some channels stay in the cache for all examples. Patches are rather made only once.
             self.tiles.sort(key=lambda tile: tile.channels.start)
 
-    def _columns(self, tile: _Tile) -> slice:
+    def _columns(self, tile: Tile) -> slice:
         return slice(tile.channels.start * self.weights_per_channel, tile.channels.stop * self.weights_per_channel)
 
-    def experts(self, tile: _Tile) -> Tensor:
+    def experts(self, tile: Tile) -> Tensor:
         return self.weight_EM[:, self._columns(tile)].to(self.dtype)
 
-    def kernels(self, tile: _Tile) -> Tensor:
+    def kernels(self, tile: Tile) -> Tensor:
         routing_nE, weight_Em = self.routing_NE[tile.examples], self.experts(tile)
         rows, columns = routing_nE.shape[0], weight_Em.shape[1]
-        mixed_nm = _workspace.get(rows * columns, routing_nE, "mixed").view(rows, columns)
+        mixed_nm = workspace.get(rows * columns, routing_nE, "mixed").view(rows, columns)
         torch.mm(routing_nE, weight_Em, out=mixed_nm)
         return mixed_nm.to(self.compute_dtype).view(rows, -1, *self.kernel_CRS)
 
     def add_gradients(
-        self, tile: _Tile, grad_kernel_NKCRS: Tensor, grad_routing_NE: Tensor | None, grad_weight_EM: Tensor | None
+        self, tile: Tile, grad_kernel_NKCRS: Tensor, grad_routing_NE: Tensor | None, grad_weight_EM: Tensor | None
     ) -> None:
         """Reduce a tile's kernel gradients onto the routing weights and onto the experts."""
         rows = tile.examples.stop - tile.examples.start

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from condconv.ops import mixture, single
 from condconv.ops.choice import choose
-from condconv.ops.chunked import AUTOMATIC_WORKSPACE_BYTES, PerExampleConv, _Tile, _workspace, plan_tiles
+from condconv.ops.chunked import AUTOMATIC_WORKSPACE_BYTES, PerExampleConv, Tile, plan_tiles
 from condconv.ops.depthwise import Depthwise
 from condconv.ops.depthwise_sum import DepthwiseSum
 from condconv.ops.gemm import Gemm
@@ -31,6 +31,7 @@ from condconv.ops.grouped import Grouped
 from condconv.ops.operator import _dense
 from condconv.ops.registry import AUTO, get_backend
 from condconv.ops.spec import ConvSpec, Problem, is_channels_last, live_taps, memory_format_of
+from condconv.ops.workspace import workspace
 
 CONVOLUTIONS: dict[str, type[PerExampleConv]] = {
     "gemm": Gemm,
@@ -91,7 +92,7 @@ def decode(experts_EKB: Tensor, dtype: torch.dtype) -> Tensor:
         values = experts_EKB[..., :-_TAIL_BYTES]
         length -= _TAIL_BYTES
     like = torch.empty(0, dtype=dtype, device=experts_EKB.device)
-    decoded = _workspace.get(experts * channels * length, like, "experts").view(experts, channels, length)
+    decoded = workspace.get(experts * channels * length, like, "experts").view(experts, channels, length)
     decoded.copy_(values)
     if experts_EKB.dtype == torch.uint8:
         decoded.sub_(_ZERO_POINT).mul_(_scale(experts_EKB)[..., None])
@@ -133,7 +134,7 @@ class Mixer:
         is_table = experts_EKB.dtype == torch.uint8 and x_NCHW.device.type == "cpu" and self.dtype == torch.float32
         self.in_registers = is_table and batch <= _MOST_BAGS
 
-    def kernels(self, tile: _Tile) -> Tensor:
+    def kernels(self, tile: Tile) -> Tensor:
         """`[N, K, C/G, R, S]` of the tile's examples and output channels, live taps only."""
         routing_nE = self.routing_NE[tile.examples]
         mixed = self._sum_rows(routing_nE, tile) if self.in_registers else self._multiply(routing_nE, tile)
@@ -146,7 +147,7 @@ class Mixer:
             return self.kernels(self.tiles[0])[0]
         return torch.cat([self.kernels(tile)[0].clone() for tile in self.tiles])
 
-    def _sum_rows(self, routing_nE: Tensor, tile: _Tile) -> Tensor:
+    def _sum_rows(self, routing_nE: Tensor, tile: Tile) -> Tensor:
         batch, experts = routing_nE.shape
         channels = tile.channels.stop - tile.channels.start
         rows, starts = _bags(experts, tile.channels.start, tile.channels.stop, batch)
@@ -157,9 +158,9 @@ class Mixer:
         )
         return mixed
 
-    def _multiply(self, routing_nE: Tensor, tile: _Tile) -> Tensor:
+    def _multiply(self, routing_nE: Tensor, tile: Tile) -> Tensor:
         rows, channels = routing_nE.shape[0], tile.channels.stop - tile.channels.start
-        mixed_nm = _workspace.get(rows * channels * self.length, routing_nE, "mixed").view(rows, -1)
+        mixed_nm = workspace.get(rows * channels * self.length, routing_nE, "mixed").view(rows, -1)
         for part in channel_parts(
             tile.channels, self.experts_EKB.shape[0] * self.length, self.dtype, self.budget_bytes
         ):

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from condconv.ops.chunked import PerExampleConv, store
-from condconv.ops.chunked import _workspace as workspace
 from condconv.ops.spec import ConvSpec, Problem, is_channels_last
+from condconv.ops.workspace import workspace
 
 
 def supports(problem: Problem) -> str | None:

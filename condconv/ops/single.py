@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from condconv.ops.chunked import _workspace as workspace
 from condconv.ops.chunked import restore_dead_taps
 from condconv.ops.spec import (
     ConvSpec,
@@ -25,6 +24,7 @@ from condconv.ops.spec import (
     is_channels_last,
     mixing_dtype,
 )
+from condconv.ops.workspace import workspace
 
 BLOCK = 1 << 18
 """Weights of a block: 1 MB in float32, shared by the threads, inside the L2 of the cores."""

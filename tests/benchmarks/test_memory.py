@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from benchmarks.memory import _peak, peak_bytes
 from condconv import condconv2d
-from condconv.ops import chunked
+from condconv.ops.workspace import workspace
 
 KIB = 1024
 
@@ -51,10 +51,10 @@ def test_it_sees_inside_custom_operators() -> None:
         condconv2d(x, routing, weight, padding=1, backend="grouped", workspace_bytes=workspace_bytes)
 
     # The workspace is made by the first call that needs it; one that was made before would not be seen.
-    chunked._workspace.buffers.clear()
+    workspace.buffers.clear()
     small = peak_bytes(lambda: forward(mixed // 16), list, "cpu")
     large = peak_bytes(lambda: forward(2 * mixed), list, "cpu")
-    chunked._workspace.buffers.clear()
+    workspace.buffers.clear()
     assert large > mixed > 2 * small
 
 

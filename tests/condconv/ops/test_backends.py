@@ -11,6 +11,7 @@ from oracle import CPU_BACKENDS, Case, assert_all_close, case_for, cotangent, le
 
 from condconv import condconv2d
 from condconv.ops import chunked
+from condconv.ops.workspace import workspace
 
 GEOMETRY = [
     Case(),
@@ -106,7 +107,7 @@ LAYOUTS = [False, True]
 @pytest.fixture(autouse=True)
 def uninitialised_memory_is_nan() -> Iterator[None]:
     """Whatever `torch.empty` gives is NaN, and no workspace of an earlier call hides it."""
-    chunked._workspace.buffers.clear()
+    workspace.buffers.clear()
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()
     yield

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from condconv import CondConv2d, condconv2d
 from condconv.ops import chunked, registry
+from condconv.ops.workspace import workspace
 
 LAYERS = {
     "dense": Case(batch=48, channels=32, out_channels=32, size=(4, 4), padding=(1, 1), experts=2),
@@ -130,11 +131,11 @@ def test_forward_and_backward_stay_within_their_workspace(backend: str, case: Ca
     """Beyond results of the size of the arguments: a few times the workspace, however large the batch is."""
     x, routing, weight, _ = case.tensors(torch.float32, channels_last)
     algorithm, workspace_bytes = registry.BACKENDS[backend], mixed_kernels(case) // 40
-    chunked._workspace.buffers.clear()
+    workspace.buffers.clear()
     with torch.no_grad(), Memory(x, routing, weight) as forward:
         y = algorithm.forward(x, routing, weight, case.spec, workspace_bytes)
     grad_y = torch.ones_like(y)
-    chunked._workspace.buffers.clear()
+    workspace.buffers.clear()
     with torch.no_grad(), Memory(x, routing, weight, y, grad_y) as backward:
         gradients = algorithm.backward(grad_y, x, routing, weight, case.spec, (True, True, True), workspace_bytes)
     assert all(g is not None for g in gradients)
@@ -148,10 +149,10 @@ def test_the_meter_sees_what_it_should() -> None:
     """Guards the test above: an algorithm that mixes the whole batch at once is caught."""
     case = LAYERS["dense"]
     x, routing, weight, _ = case.tensors(torch.float32)
-    chunked._workspace.buffers.clear()
+    workspace.buffers.clear()
     with torch.no_grad(), Memory(x, routing, weight) as memory:
         registry.BACKENDS["grouped"].forward(x, routing, weight, case.spec, 1 << 40)
-    chunked._workspace.buffers.clear()
+    workspace.buffers.clear()
     assert memory.largest >= mixed_kernels(case)
 
 
@@ -172,7 +173,7 @@ def test_the_automatic_workspace_is_small_whatever_the_batch() -> None:
     case = Case(batch=320, channels=96, out_channels=64, kernel=(3, 3), size=(2, 2), padding=(1, 1), experts=2)
     assert mixed_kernels(case) > 4 * max(chunked.AUTOMATIC_WORKSPACE_BYTES["cpu"], 1 << 20)
     x, routing, weight, _ = case.tensors(torch.float32)
-    chunked._workspace.buffers.clear()
+    workspace.buffers.clear()
     registry.BACKENDS["grouped"].forward(x, routing, weight, case.spec, 0)
-    kept = sum(buffer.numel() * buffer.element_size() for buffer in chunked._workspace.buffers.values())
+    kept = sum(buffer.numel() * buffer.element_size() for buffer in workspace.buffers.values())
     assert 0 < kept <= chunked.AUTOMATIC_WORKSPACE_BYTES["cpu"]

@@ -18,7 +18,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from condconv import condconv2d, functional
-from condconv.ops import chunked, operator, registry
+from condconv.ops import operator, registry
+from condconv.ops.workspace import workspace
 
 TINY = {
     "dense": Case(batch=2, channels=2, out_channels=3, size=(3, 4), kernel=(2, 3), padding=(1, 1), experts=2),
@@ -143,7 +144,7 @@ def test_inference_mode_and_training_take_turns() -> None:
     case = Case(batch=4, channels=9, out_channels=9, size=(5, 5))
     for backend in ("gemm", "grouped", "mixture"):
         tensors = case.tensors(torch.float32)
-        chunked._workspace.buffers.clear()
+        workspace.buffers.clear()
         with torch.inference_mode():
             expected = condconv2d(*tensors, backend=backend, workspace_bytes=5000)
         trained = leaves(tensors)
