@@ -34,7 +34,8 @@ def pool(x: Tensor) -> Tensor:
     if not x.requires_grad:
         return x.mean(dim=over, dtype=dtype)
     # The gradient of a sum is a view of [N, C] numbers, that of a mean is written out for every position.
-    return x.sum(dim=over, dtype=dtype) / x.shape[2:].numel()
+    # Not `Size.numel()`, which tracers of dynamic sizes take for a constant.
+    return x.sum(dim=over, dtype=dtype) / math.prod(x.shape[2:])
 
 
 class Router(nn.Module):
