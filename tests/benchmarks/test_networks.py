@@ -12,7 +12,7 @@ import torch
 from benchmarks import contenders, network_tables, networks, peers
 from benchmarks.contenders import OURS, STATIC, TIMM, Trio
 from benchmarks.network_gates import gate
-from benchmarks.presets import Case, issue3
+from benchmarks.presets import Case, issue3, of_backbones
 from condconv.ops.registry import BACKENDS
 from models import create_model
 
@@ -126,3 +126,11 @@ def test_the_issues_table_is_complete_and_its_targets_survive_selection() -> Non
     chosen = networks.chosen_cases(networks.parse(["--device", "cpu"]))
     assert len({c.id for c in chosen}) == len(chosen)
     assert {c.id for c in chosen if c.targets} == {c.id for c in issue3("cpu")}
+
+
+def test_rows_with_targets_keep_them_in_every_preset() -> None:
+    cases = of_backbones(["resnet50", "resnet18"], "cpu", [16], 224, 8, "float32", 8.0)
+    wanted = next(case for case in issue3("cpu") if case.backbone == "resnet50")
+    found = {case.id: (case.targets, case.budget_s) for case in cases}
+    assert found[wanted.id] == (wanted.targets, wanted.budget_s)
+    assert {targets for name, (targets, _) in found.items() if name != wanted.id} == {None}
