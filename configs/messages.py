@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from configs import launch
+from configs.memory import keep_freed_memory
 
 CONFIGS = Path(__file__).parent
 # What users cause and can repair; any other error is probably ours, so its place is printed too.
@@ -124,6 +125,7 @@ def run_job(task: Callable[[DictConfig], object], cfg: DictConfig, config_name: 
     """
     try:
         cfg.paths.run = str(Path(HydraConfig.get().runtime.output_dir).absolute())
+        keep_freed_memory()
         task(cfg)
     except Exception as error:
         report(error, config_name)

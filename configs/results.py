@@ -21,6 +21,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from configs.memory import PeakMemory
+
 RESULT_FILE = "result.json"
 METRICS_FILE = "metrics.csv"
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +46,7 @@ class RunRecord:
     ) -> None:
         self.folder = folder
         self.enabled = True
+        self._memory = PeakMemory()
         self._start_s = time.perf_counter()
         before = read_result(folder) or {}
         self._cpu_start_s = time.process_time()
@@ -100,7 +103,7 @@ class RunRecord:
 
     def end(self, status: str, figures: Mapping[str, float] | None = None, error: str | None = None) -> None:
         """The last word: status, final figures, speed and memory."""
-        kind, peak = peak_memory()
+        kind, peak = self._memory.read()
         speed = training_speed(self.folder / METRICS_FILE)
         self.result |= {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
         self.result |= {"status": status, "ended": now(), "figures": dict(figures or {})}
@@ -237,21 +240,6 @@ def _processor() -> str:
         lines = []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(named, platform.processor() or platform.machine())
-
-
-def peak_memory() -> tuple[str, float | None]:
-    """What is measured and how much, in MB (2^20 bytes): PyTorch's CUDA allocator, or the process's resident memory."""
-    import torch
-
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return "CUDA allocator peak", torch.cuda.max_memory_allocated() / 2**20
-    try:
-        # Not getrusage: a process inherits the peak of the one that started it.
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        peak_kb = next(line.split()[1] for line in lines if line.startswith("VmHWM:"))
-        return "peak resident memory of the process", int(peak_kb) / 1024
-    except (OSError, StopIteration, ValueError):
-        return "unknown", None
 
 
 def training_speed(metrics: Path) -> float | None:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from models.ema import WeightAverage
-from models.memory import keep_freed_memory
 
 Schedule = Callable[..., Callable[[int], float]]
 
@@ -54,10 +53,6 @@ class NetworkModule(pl.LightningModule):
             net.to(memory_format=torch.channels_last)
         if compile:
             net.compile()
-
-    def setup(self, stage: str) -> None:
-        if self.trainer.strategy.root_device.type == "cpu":
-            keep_freed_memory()
 
     def check_data(self, data: Any) -> None:
         """Whether network and data belong together.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,7 @@ from hydra import compose, initialize_config_dir
 
 import train as train_module
 from condconv.complexity import complexity
-from configs.results import (
-    RunRecord,
-    peak_memory,
-    read_result,
-    training_speed,
-    write_result,
-)
+from configs.results import RunRecord, read_result, training_speed, write_result
 from train import build_network, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -175,12 +168,3 @@ def test_speed_of_short_and_broken_logs(tmp_path: Path) -> None:
     assert training_speed(path) == 50.0
     path.write_text("step,speed/images_per_second\n0,1\n1,50\n2,70\n3,60\n")
     assert training_speed(path) == 60.0
-
-
-def test_memory_is_the_peak_of_this_process() -> None:
-    block = bytearray(200 * 2**20)
-    block[:: 2**12] = b"x" * len(block[:: 2**12])  # touched, so that it is resident
-    resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
-    kind, peak = peak_memory()
-    assert peak is not None and 200 < 0.99 * resident_pages * os.sysconf("SC_PAGE_SIZE") / 2**20 <= peak
-    assert "memory" in kind
