@@ -1,20 +1,18 @@
 """COCO, and any other object detection data in COCO's format: folders of images and two annotation files."""
 
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from data.coco_index import BAD_BOXES, CocoIndex, read_index, read_truth
 from data.decoding import UNREADABLE
 from data.detection import DetectionDataModule, DetectionDataset, DetectionExample, make_target
 from data.detection_transforms import AUGMENTS, DetectionTransform, detection_eval_transform, detection_train_transform
-from data.folder import some
 from data.sampling import Key, example_rng, split_key
 from data.transforms import NORMALIZATIONS, choice
+from data.unusable import Unusable
 
 # So many files are looked for before the training: a wrong folder shows at once, and 118,000 are not opened.
 LOOKED_FOR = 16
@@ -24,8 +22,7 @@ class CocoImages(DetectionDataset):
     """Decodes and augments the images of an index; unusable ones are skipped, up to a limit.
 
     Unusable is a file that is absent, corrupt, or of another size than the annotation file says (its boxes would stand
-    elsewhere). In training the next image takes its place, in evaluation it is left out. What was met is recorded in
-    memory shared with the workers; `check` warns of it.
+    elsewhere). In training the next image takes its place, in evaluation it is left out; `check` warns of what was met.
 
     Args:
         index: images and boxes.
@@ -49,11 +46,8 @@ class CocoImages(DetectionDataset):
         self.index = index
         self.folder = folder
         self.transform = transform
-        self.train = train
-        self.max_corrupt = max_corrupt
         self.seed = seed
-        self.corrupt = torch.zeros(len(index), dtype=torch.bool).share_memory_()
-        self._reported = 0
+        self.unusable = Unusable(len(index), train=train, limit=max_corrupt)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -61,10 +55,7 @@ class CocoImages(DetectionDataset):
     def __getitem__(self, key: Key) -> DetectionExample | None:
         """(image uint8 `[3, S, S]`, target), or None where there is nothing to return."""
         epoch, index = split_key(key)
-        # One try more than tolerated is enough: then `check` stops the run anyway.
-        tries = min(self.max_corrupt + 2, len(self)) if self.train else 1
-        for candidate in range(index, index + tries):
-            position = candidate % len(self)
+        for position in self.unusable.candidates(index):
             image = self._read(position)
             if image is not None:
                 boxes, labels = self.index.truth(position)
@@ -80,18 +71,7 @@ class CocoImages(DetectionDataset):
         Raises:
             RuntimeError: there are more of them than `max_corrupt`, or nothing else is left.
         """
-        count = int(torch.count_nonzero(self.corrupt))
-        if count == self._reported:
-            return
-        self._reported = count
-        positions = torch.nonzero(self.corrupt).flatten().tolist()
-        # Read again for the reason, which the workers cannot hand over.
-        files = some([f"{self.index.name(i)} ({self._failure(i)})" for i in positions])
-        found = f"{count} unusable image(s) of {len(self)} in {self.folder}"
-        if count > self.max_corrupt or count == len(self):
-            raise RuntimeError(f"{found}, tolerated are {self.max_corrupt} (data.max_corrupt): {files}")
-        how = "replaced by the next usable one" if self.train else "left out of the evaluation"
-        warnings.warn(f"{found}, {how} (limit {self.max_corrupt}): {files}", stacklevel=3)
+        self.unusable.check(self.folder, lambda i: f"{self.index.name(i)} ({self._failure(i)})")
 
     def open(self, position: int) -> Image.Image:
         """The image in RGB, fully decoded.
@@ -107,12 +87,10 @@ class CocoImages(DetectionDataset):
             return image.convert("RGB")
 
     def _read(self, position: int) -> Image.Image | None:
-        if self.corrupt[position]:
-            return None
         try:
             return self.open(position)
         except UNREADABLE:
-            self.corrupt[position] = True
+            self.unusable.add(position)
             return None
 
     def _failure(self, position: int) -> str:

@@ -1,6 +1,5 @@
 """Images that are stored encoded, in files or in tar shards, and read even if some are corrupt."""
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -9,9 +8,9 @@ import torch
 from torch import Tensor
 
 from data.decoding import Picture, UnreadableImage, choose_decoder
-from data.folder import some
 from data.sampling import Batch, ImageDataset, Key, example_rng, split_key
 from data.transforms import ImageTransform
+from data.unusable import Unusable
 
 
 class Source(Protocol):
@@ -40,8 +39,8 @@ class StoredImages(ImageDataset):
     """Decodes and transforms images; corrupt ones are skipped, up to a limit.
 
     An unreadable image is replaced in training by the next readable one of the source (in folders almost always of the
-    same class), and is left out in evaluation. Which images were unreadable is recorded in memory shared with the
-    workers, so one counts once for all workers and epochs of this process. `check` warns of new ones.
+    same class), and is left out in evaluation. Each counts once for all workers and epochs of this process; `check`
+    warns of new ones.
 
     Args:
         source: the images and labels.
@@ -65,13 +64,10 @@ class StoredImages(ImageDataset):
     ) -> None:
         self.source = source
         self.transform = transform
-        self.train = train
-        self.max_corrupt = max_corrupt
         self.seed = seed
         self.decoder = choose_decoder(decoder)
         self.blocks = source.blocks
-        self.corrupt = torch.zeros(len(source), dtype=torch.bool).share_memory_()
-        self._reported = 0
+        self.unusable = Unusable(len(source), train=train, limit=max_corrupt)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -79,18 +75,13 @@ class StoredImages(ImageDataset):
     def __getitem__(self, key: Key) -> tuple[Tensor, int] | None:
         """(image uint8 `[3, S, S]`, label), or None where there is nothing to return."""
         epoch, index = split_key(key)
-        # One try more than tolerated is enough: then `check` stops the run anyway.
-        tries = min(self.max_corrupt + 2, len(self)) if self.train else 1
-        for candidate in range(index, index + tries):
-            position = candidate % len(self)
-            if self.corrupt[position]:
-                continue
+        for position in self.unusable.candidates(index):
             try:
                 picture = self._open(position)
                 with example_rng(self.seed, epoch, index):
                     return self.transform(picture), self.source.label(position)
             except UnreadableImage:
-                self.corrupt[position] = True
+                self.unusable.add(position)
         return None
 
     def collate(self, examples: list[tuple[Tensor, int] | None]) -> Batch | None:
@@ -101,23 +92,12 @@ class StoredImages(ImageDataset):
         return torch.stack(images), torch.tensor(labels)
 
     def check(self) -> None:
-        """Warns of unreadable images met since the last call.
+        """Warns of unusable images met since the last call.
 
         Raises:
             RuntimeError: there are more of them than `max_corrupt`, or nothing else is left.
         """
-        count = int(torch.count_nonzero(self.corrupt))
-        if count == self._reported:
-            return
-        self._reported = count
-        # Read again for the reasons, which the workers cannot hand over.
-        positions = torch.nonzero(self.corrupt).flatten().tolist()
-        files = some([f"{self.source.name(position)} ({self._failure(position)})" for position in positions])
-        found = f"{count} unreadable image(s) of {len(self)} in {self.source.folder}"
-        if count > self.max_corrupt or count == len(self):
-            raise RuntimeError(f"{found}, tolerated are {self.max_corrupt} (data.max_corrupt): {files}")
-        how = "replaced by the next readable one" if self.train else "left out of the evaluation"
-        warnings.warn(f"{found}, {how} (limit {self.max_corrupt}): {files}", stacklevel=3)
+        self.unusable.check(self.source.folder, lambda i: f"{self.source.name(i)} ({self._failure(i)})")
 
     def _open(self, position: int) -> Picture:
         try:
@@ -130,4 +110,4 @@ class StoredImages(ImageDataset):
             self._open(position).pixels()
         except UnreadableImage as error:
             return str(error)
-        return "readable by now"
+        return "usable by now"

@@ -229,10 +229,10 @@ def test_corrupt_images_are_left_out_of_evaluation_and_counted_once(root, worker
     (root / "val" / "cow" / "3.png").write_bytes(b"")
     loader = module(root, num_workers=workers).val_dataloader()
     left = [colour("val", label, n) for label in range(3) for n in range(4) if (label, n) not in ((0, 1), (2, 3))]
-    with pytest.warns(UserWarning, match="unreadable") as caught:
+    with pytest.warns(UserWarning, match="unusable") as caught:
         assert colours(loader) == left
     last = str(caught[-1].message)
-    assert f"2 unreadable image(s) of 12 in {root}/val, left out of the evaluation (limit 10)" in last
+    assert f"2 unusable image(s) of 12 in {root}/val, left out of the evaluation (limit 10)" in last
     assert f"{root}/val/ant/1.png (" in last
     assert f"{root}/val/cow/3.png (UnidentifiedImageError" in last
     # Known by now: not counted or warned of again, whichever worker reads it.
@@ -245,7 +245,7 @@ def test_corrupt_images_are_left_out_of_evaluation_and_counted_once(root, worker
 def test_batch_of_corrupt_images_only_is_left_out(root, workers):
     for number in range(4):
         truncate(root / "val" / "bee" / f"{number}.png")
-    with pytest.warns(UserWarning, match="4 unreadable"):
+    with pytest.warns(UserWarning, match="4 unusable"):
         labels = [labels.tolist() for _, labels in module(root, num_workers=workers).val_dataloader()]
     assert labels == [[0] * 4, [2] * 4]
 
@@ -255,10 +255,10 @@ def test_corrupt_images_are_replaced_in_training(root, workers):
     truncate(root / "train" / "ant" / "1.png")
     truncate(root / "train" / "ant" / "2.png")
     truncate(root / "train" / "cow" / "5.png")
-    with pytest.warns(UserWarning, match="unreadable") as caught:
+    with pytest.warns(UserWarning, match="unusable") as caught:
         found = colours(module(root, batch_size_per_device=6, num_workers=workers).train_dataloader())
     last = str(caught[-1].message)
-    assert f"3 unreadable image(s) of 18 in {root}/train, replaced by the next readable one (limit 10)" in last
+    assert f"3 unusable image(s) of 18 in {root}/train, replaced by the next usable one (limit 10)" in last
     expected = [colour("train", label, n) for label in range(3) for n in range(6)]
     expected[1] = expected[2] = expected[3]
     expected[17] = expected[0]  # the list's end is followed by its beginning
@@ -273,7 +273,7 @@ def test_too_many_corrupt_images_stop_the_run(root, workers, train):
         truncate(root / part / "bee" / f"{number}.png")
     data = module(root, num_workers=workers, max_corrupt=2, batch_size_per_device=2)
     loader = data.train_dataloader() if train else data.val_dataloader()
-    expected = rf"3 unreadable image\(s\) of \d+ in {root}/{part}, tolerated are 2 \(data.max_corrupt\): .*bee/0.png"
+    expected = rf"3 unusable image\(s\) of \d+ in {root}/{part}, tolerated are 2 \(data.max_corrupt\): .*bee/0.png"
     with warnings.catch_warnings(), pytest.raises(RuntimeError, match=expected):
         warnings.simplefilter("ignore")  # of the first ones
         list(loader)
@@ -285,7 +285,7 @@ def test_nothing_readable_stops_the_run_below_the_limit(root, train):
     for file in (root / part).rglob("*.png"):
         truncate(file)
     data = module(root, max_corrupt=100)
-    with warnings.catch_warnings(), pytest.raises(RuntimeError, match=rf"(18|12) unreadable image\(s\) of .*{part}"):
+    with warnings.catch_warnings(), pytest.raises(RuntimeError, match=rf"(18|12) unusable image\(s\) of .*{part}"):
         warnings.simplefilter("ignore")
         list(data.train_dataloader() if train else data.val_dataloader())
 

@@ -260,13 +260,13 @@ def test_corrupt_members_are_tolerated_and_named(shards, workers):
     with (shards / "val" / "000000.tar").open("r+b") as file:
         file.seek(first.offset)
         file.write(b"\0" * first.length)
-    with pytest.warns(UserWarning, match="unreadable") as caught:
+    with pytest.warns(UserWarning, match="unusable") as caught:
         labels = [
             label for _, batch in module(shards, num_workers=workers).val_dataloader() for label in batch.tolist()
         ]
     assert labels == [0, 0, 1, 1, 1]
     text = str(caught[-1].message)
-    assert "1 unreadable image(s) of 6 in" in text
+    assert "1 unusable image(s) of 6 in" in text
     assert re.search(r"val/000000.tar:00000001-x_1.jpeg \(UnidentifiedImageError", text)
 
 
