@@ -226,6 +226,8 @@ def test_the_operator_is_left_out_only_where_nobody_looks(monkeypatch: pytest.Mo
     assert "condconv.conv2d" in traced.code
     meta = [t.to("meta") for t in (x, routing, weight)]
     assert by(*meta) == "conv2d"
+    monkeypatch.delattr(forward_ad, "_current_level")  # private: a later torch may not have it
+    assert by(x, routing, weight) == "conv2d"
 
 
 class Recorder(TorchDispatchMode):
