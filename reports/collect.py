@@ -32,8 +32,12 @@ HELP = """Copy what a report needs of finished runs into a folder that git can h
 
   runs=      folder of the runs, with any folders between
   out=       where they go, under the same names; what is there stays, unless the same run ended later
-  analysis=  instead of runs=: the folder of a routing analysis; its Markdown, pictures in fewer colours, small tables
+  analysis=  instead of runs=: the folder of a routing analysis; its Markdown, pictures in fewer colours, small tables;
+             not its contact sheets: images of a data set belong to their owners
 """
+SHEETS = "top_images_"
+SHEET_SECTION = re.compile(rf"^## (?:(?!^## ).)*?!\[[^]]*\]\({SHEETS}[^)]*\)\n+", re.MULTILINE | re.DOTALL)
+"""The contact sheets of a routing analysis: how their files begin, and a section of its Markdown that shows one."""
 # Of these columns only the last value is kept: there are many, for each layer.
 ONCE = ("routing/",)
 # Said elsewhere: in result.json and config.yaml.
@@ -79,6 +83,8 @@ def collect(root: Path, out: Path) -> tuple[list[str], list[str]]:
 def collect_analysis(folder: Path, out: Path) -> list[Path]:
     """Copy a routing analysis: its Markdown, its PNGs with few colours, its small tables; returns the files.
 
+    Contact sheets stay behind, with their sections: they show images of the data set, which are not ours to publish.
+
     Raises:
         ReportError: there is none in the folder.
     """
@@ -90,6 +96,8 @@ def collect_analysis(folder: Path, out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for path in sorted(page.parent.glob("*.png")):
+        if path.name.startswith(SHEETS):
+            continue
         with Image.open(path) as image:
             image.convert("RGB").quantize(COLORS).save(out / path.name, optimize=True)
         written.append(out / path.name)
@@ -97,9 +105,8 @@ def collect_analysis(folder: Path, out: Path) -> list[Path]:
         if path.name != METRICS and path.stat().st_size <= SMALL_TABLE:  # with metrics.csv it would be taken for a run
             written.append(Path(shutil.copyfile(path, out / path.name)))
     there = {path.name for path in written}
-    text = re.sub(
-        r"\[([^]]+\.csv)\]\(([^)]+)\)(, )?", lambda m: m[0] if m[2] in there else "", page.read_text(encoding="utf-8")
-    )
+    text = SHEET_SECTION.sub("", page.read_text(encoding="utf-8"))
+    text = re.sub(r"\[([^]]+\.csv)\]\(([^)]+)\)(, )?", lambda m: m[0] if m[2] in there else "", text)
     (out / PAGE).write_text(shortened(text), encoding="utf-8")
     return [out / PAGE, *written]
 

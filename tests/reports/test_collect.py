@@ -102,17 +102,20 @@ def test_a_routing_analysis(tmp_path: Path) -> None:
     rng = random.Random(1)
     noise = Image.frombytes("RGB", (64, 64), bytes(rng.randrange(256) for _ in range(3 * 64 * 64)))
     noise.save(folder / "by_depth.png")
+    noise.save(folder / "top_images_classifier.png")  # images of somebody's data set: they stay behind
     (folder / "by_depth.svg").write_text("<svg/>")
     (folder / "layers.csv").write_text("a,b\n")
     (folder / "metrics.csv").write_text("a,b\n")
     (folder / "embedding.csv").write_text("x" * 100_000)
-    text = f"# Routing of x\n\n- Made in {tmp_path}/run.\n\n## Numbers\n\n"
+    text = f"# Routing of x\n\n- Made in {tmp_path}/run.\n\n## Depth\n\nWords.\n\n![](by_depth.png)\n\n"
+    text += "## Images of the experts\n\nMore words.\n\n![](top_images_classifier.png)\n\n## Numbers\n\n"
     text += "[layers.csv](layers.csv), [embedding.csv](embedding.csv)\n"
     (folder / "index.md").write_text(text)
     written = collect_analysis(folder, tmp_path / "out")
     assert {path.name for path in written} == {"index.md", "by_depth.png", "layers.csv"}
     assert (tmp_path / "out" / "by_depth.png").stat().st_size < (folder / "by_depth.png").stat().st_size / 2
     page = (tmp_path / "out" / "index.md").read_text()
+    assert page.count("## ") == 2 and "![](by_depth.png)" in page and "top_images" not in page
     assert "[layers.csv](layers.csv)" in page and "embedding" not in page and str(tmp_path) not in page
     with pytest.raises(ReportError, match=r"there is no index\.md; python eval.py ckpt=... analysis=routing"):
         collect_analysis(tmp_path, tmp_path / "out")
