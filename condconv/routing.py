@@ -46,8 +46,8 @@ class Router(nn.Module):
         num_experts: Experts E.
         dropout: Probability that a routing weight of an example is zeroed, the others scaled by `1 / (1 - p)`.
         expert_dropout: Probability that an expert is zeroed for the whole batch, the others scaled likewise. Zeroed,
-            not
-            skipped: every parameter still gets a gradient, so distributed training needs no search for unused ones.
+            not skipped: every parameter still gets a gradient, so distributed training needs no search for unused
+            ones.
     """
 
     def __init__(
