@@ -22,6 +22,7 @@ from export import open_ckpt
 from models.predicting import Prediction, find_files, write
 from models.predicting import predict as predict_files
 from models.predicting_boxes import BoxPrediction, predict_boxes, write_boxes
+from models.prediction_file import check_path
 from models.pretrained import open_network
 from models.ssd_network import SSD
 from models.weights import Card
@@ -58,9 +59,12 @@ def predict(cfg: DictConfig) -> list[Any]:
     """Predict all images, print classes or boxes, write the files that were asked for.
 
     Raises:
-        ValueError, OSError: the checkpoint cannot be used, or no image can be read.
+        ValueError, OSError: the checkpoint cannot be used, no image can be read, or the file cannot be written.
     """
     check_complete(cfg)
+    out = None if cfg.out is None else Path(cfg.out).expanduser()
+    if out is not None:
+        check_path(out)
     weights, _ = open_ckpt(cfg.ckpt, cfg.average)
     network, card = open_network(weights), weights.card
     assert card is not None  # or it would not have opened
@@ -81,9 +85,9 @@ def predict(cfg: DictConfig) -> list[Any]:
         raise ValueError(f"none of the {len(done)} images could be read")
     if unread:
         print(f"{unread} of {len(done)} images could not be read")
-    if cfg.out is not None:
-        (write_boxes if isinstance(network, SSD) else write)(done, Path(cfg.out).expanduser())
-        print(f"written: {cfg.out}")
+    if out is not None:
+        (write_boxes if isinstance(network, SSD) else write)(done, out)
+        print(f"written: {out}")
     return done
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from condconv.recording import record_layers
+from models.prediction_file import write_csv, write_json
 
 Read = Callable[[Path], Tensor]
 """A file -> its normalised image `[3, H, W]`; raises ValueError with the reason where it cannot be read."""
@@ -116,23 +115,21 @@ def write(predictions: Iterable[Prediction], path: Path) -> None:
     """Write a .json file (a list) or a .csv file (a line per image; routing weights of a layer in one cell each).
 
     Raises:
-        ValueError: the name ends otherwise.
+        OSError: see `models.prediction_file`.
     """
     rows = list(predictions)
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".json":
-        path.write_text(json.dumps([row.to_dict() for row in rows], indent=1), encoding="utf-8")
+        write_json(path, (row.to_dict() for row in rows))
         return
-    if path.suffix != ".csv":
-        raise ValueError(f"{path}: predictions are written as .csv or .json")
-    best = max((row for row in rows), key=lambda row: len(row.top))
+    best = max(rows, key=lambda row: len(row.top))
     layers = list(best.routing or {})
-    head = ["file", *(f"{what}{k}" for k in range(1, len(best.top) + 1) for what in ("class", "probability"))]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow([*head, *(f"routing {layer}" for layer in layers), "error"])
-        for row in rows:
-            classes = [cell for name, probability in row.top for cell in (name, f"{probability:.6f}")]
-            classes += [""] * (len(head) - 1 - len(classes))
-            weights = [" ".join(f"{w:.4f}" for w in (row.routing or {}).get(layer, ())) for layer in layers]
-            table.writerow([row.file, *classes, *weights, row.error])
+    classes = [f"{what}{k}" for k in range(1, len(best.top) + 1) for what in ("class", "probability")]
+    head = ["file", *classes, *(f"routing {layer}" for layer in layers), "error"]
+    write_csv(path, head, (_line(row, len(classes), layers) for row in rows))
+
+
+def _line(row: Prediction, class_cells: int, layers: Sequence[str]) -> list[str]:
+    classes = [cell for name, probability in row.top for cell in (name, f"{probability:.6f}")]
+    classes += [""] * (class_cells - len(classes))
+    weights = [" ".join(f"{w:.4f}" for w in (row.routing or {}).get(layer, ())) for layer in layers]
+    return [row.file, *classes, *weights, row.error]

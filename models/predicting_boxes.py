@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from condconv.recording import record_layers
 from models.drawing import draw_detections
+from models.prediction_file import write_csv, write_json
 from models.ssd_network import SSD
 
 ReadBoth = Callable[[Path], tuple[Tensor, Image.Image]]
@@ -121,19 +120,15 @@ def write_boxes(predictions: Iterable[BoxPrediction], path: Path) -> None:
     """Write a .json file (a list, with routing weights) or a .csv file (a line per box, or one without any).
 
     Raises:
-        ValueError: the name ends otherwise.
+        OSError: see `models.prediction_file`.
     """
     rows = list(predictions)
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".json":
-        path.write_text(json.dumps([row.to_dict() for row in rows], indent=1), encoding="utf-8")
-        return
-    if path.suffix != ".csv":
-        raise ValueError(f"{path}: predictions are written as .csv or .json")
-    with path.open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(["file", "class", "score", *BOX, "error"])
-        for row in rows:
-            table.writerows([row.file, name, f"{score:.6f}", *box, ""] for name, score, box in row.boxes)
-            if not row.boxes:
-                table.writerow([row.file, *[""] * 6, row.error])
+        write_json(path, (row.to_dict() for row in rows))
+    else:
+        write_csv(path, ["file", "class", "score", *BOX, "error"], (line for row in rows for line in _lines(row)))
+
+
+def _lines(row: BoxPrediction) -> list[list[Any]]:
+    lines = [[row.file, name, f"{score:.6f}", *box, ""] for name, score, box in row.boxes]
+    return lines or [[row.file, *[""] * 6, row.error]]

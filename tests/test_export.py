@@ -16,6 +16,7 @@ import predict as predict_module
 from configs.messages import run_as_command
 from models import create_model
 from models.hub import HubNetwork
+from models.prediction_file import check_path
 from models.weights import read_weights
 
 MODEL = {"_target_": "models.create_model", "name": "efficientnet_b0", "num_classes": 3, "width": 1.0}
@@ -137,3 +138,19 @@ def test_nothing_to_predict(checkpoint: Path, command: Commands, tmp_path: Path)
     code, _, err = command("predict", f"ckpt={checkpoint}", f"images={tmp_path / 'bad.png'}")
     assert code == 1 and "none of the 1 images could be read" in err
     assert command("predict", f"ckpt={checkpoint}", f"images={tmp_path / 'none.png'}")[0] == 1
+
+
+@pytest.mark.parametrize(("name", "said"), [("p.txt", "written as .csv or .json"), ("taken/p.csv", "taken")])
+def test_a_file_that_cannot_be_written_is_refused_first(
+    command: Commands, tmp_path: Path, name: str, said: str
+) -> None:
+    (tmp_path / "taken").touch()
+    code, _, err = command("predict", f"ckpt={tmp_path / 'none.ckpt'}", f"images={tmp_path}", f"out={tmp_path / name}")
+    assert code == 1 and said in err and "none.ckpt" not in err, err
+
+
+def test_looking_whether_a_file_can_be_written_changes_nothing(tmp_path: Path) -> None:
+    check_path(tmp_path / "new" / "p.csv")
+    (tmp_path / "old.json").write_text("[]")
+    check_path(tmp_path / "old.json")
+    assert not list((tmp_path / "new").iterdir()) and (tmp_path / "old.json").read_text() == "[]"

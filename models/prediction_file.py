@@ -1,0 +1,53 @@
+"""The file of predictions, a .json list or a .csv table: refused before the first image, not after the last."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from condconv.files import write_whole
+
+SUFFIXES = (".csv", ".json")
+
+
+def check_path(path: Path) -> None:
+    """Raise unless predictions can be written there; the file's folder is made.
+
+    Raises:
+        ValueError: the name does not end with .csv or .json.
+        OSError: no file can be made there.
+    """
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path}: predictions are written as {' or '.join(SUFFIXES)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", encoding="utf-8"):
+        pass
+    if new:
+        path.unlink()
+
+
+def write_json(path: Path, predictions: Iterable[dict[str, Any]]) -> None:
+    """A list of plain values.
+
+    Raises:
+        OSError: the disk is full, ...; a file that was there is kept.
+    """
+    write_whole(path, [json.dumps(list(predictions), indent=1).encode()])
+
+
+def write_csv(path: Path, head: Sequence[str], lines: Iterable[Sequence[Any]]) -> None:
+    """A table.
+
+    Raises:
+        OSError: the disk is full, ...; a file that was there is kept.
+    """
+    text = io.StringIO(newline="")
+    table = csv.writer(text)
+    table.writerow(head)
+    table.writerows(lines)
+    write_whole(path, [text.getvalue().encode()])
