@@ -22,7 +22,7 @@ from export import open_ckpt
 from models.predicting import Prediction, find_files, write
 from models.predicting import predict as predict_files
 from models.predicting_boxes import BoxPrediction, predict_boxes, write_boxes
-from models.prediction_file import check_path
+from models.prediction_file import usable_path
 from models.pretrained import open_network
 from models.ssd_network import SSD
 from models.weights import Card
@@ -62,9 +62,7 @@ def predict(cfg: DictConfig) -> list[Any]:
         ValueError, OSError: the checkpoint cannot be used, no image can be read, or the file cannot be written.
     """
     check_complete(cfg)
-    out = None if cfg.out is None else Path(cfg.out).expanduser()
-    if out is not None:
-        check_path(out)
+    out = usable_path(cfg.out)
     weights, _ = open_ckpt(cfg.ckpt, cfg.average)
     network, card = open_network(weights), weights.card
     assert card is not None  # or it would not have opened
@@ -80,8 +78,7 @@ def predict(cfg: DictConfig) -> list[Any]:
     for each in found:
         done.append(each)
         print(each)
-    unread = sum(bool(each.error) for each in done)
-    if unread == len(done):
+    if (unread := sum(bool(each.error) for each in done)) == len(done):
         raise ValueError(f"none of the {len(done)} images could be read")
     if unread:
         print(f"{unread} of {len(done)} images could not be read")

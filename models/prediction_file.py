@@ -14,13 +14,16 @@ from condconv.files import write_whole
 SUFFIXES = (".csv", ".json")
 
 
-def check_path(path: Path) -> None:
-    """Raise unless predictions can be written there; the file's folder is made.
+def usable_path(name: str | Path | None) -> Path | None:
+    """Where to write predictions, None for nowhere; the file's folder is made, the file not touched.
 
     Raises:
         ValueError: the name does not end with .csv or .json.
         OSError: no file can be made there.
     """
+    if name is None:
+        return None
+    path = Path(name).expanduser()
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: predictions are written as {' or '.join(SUFFIXES)}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -29,6 +32,7 @@ def check_path(path: Path) -> None:
         pass
     if new:
         path.unlink()
+    return path
 
 
 def write_json(path: Path, predictions: Iterable[dict[str, Any]]) -> None:

@@ -16,7 +16,7 @@ import predict as predict_module
 from configs.messages import run_as_command
 from models import create_model
 from models.hub import HubNetwork
-from models.prediction_file import check_path
+from models.prediction_file import usable_path
 from models.weights import read_weights
 
 MODEL = {"_target_": "models.create_model", "name": "efficientnet_b0", "num_classes": 3, "width": 1.0}
@@ -150,7 +150,7 @@ def test_a_file_that_cannot_be_written_is_refused_first(
 
 
 def test_looking_whether_a_file_can_be_written_changes_nothing(tmp_path: Path) -> None:
-    check_path(tmp_path / "new" / "p.csv")
+    usable_path(tmp_path / "new" / "p.csv")
     (tmp_path / "old.json").write_text("[]")
-    check_path(tmp_path / "old.json")
+    assert usable_path(str(tmp_path / "old.json")) == tmp_path / "old.json" and usable_path(None) is None
     assert not list((tmp_path / "new").iterdir()) and (tmp_path / "old.json").read_text() == "[]"
