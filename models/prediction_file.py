@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from condconv.files import write_whole
@@ -26,12 +29,14 @@ def usable_path(name: str | Path | None) -> Path | None:
     path = Path(name).expanduser()
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: predictions are written as {' or '.join(SUFFIXES)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", encoding="utf-8"):
-        pass
-    if new:
-        path.unlink()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path.parent):  # `write_whole` writes beside the file, too
+            pass
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    except OSError as error:
+        raise OSError(f"cannot write predictions to {path}: {error.strerror}. Set out=...") from error
     return path
 
 

@@ -140,11 +140,19 @@ def test_nothing_to_predict(checkpoint: Path, command: Commands, tmp_path: Path)
     assert command("predict", f"ckpt={checkpoint}", f"images={tmp_path / 'none.png'}")[0] == 1
 
 
-@pytest.mark.parametrize(("name", "said"), [("p.txt", "written as .csv or .json"), ("taken/p.csv", "taken")])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("p.txt", "written as .csv or .json"),
+        ("taken/p.csv", "taken/p.csv: File exists. Set out="),
+        ("folder.csv", "folder.csv: Is a directory. Set out="),
+    ],
+)
 def test_a_file_that_cannot_be_written_is_refused_first(
     command: Commands, tmp_path: Path, name: str, said: str
 ) -> None:
     (tmp_path / "taken").touch()
+    (tmp_path / "folder.csv").mkdir()
     code, _, err = command("predict", f"ckpt={tmp_path / 'none.ckpt'}", f"images={tmp_path}", f"out={tmp_path / name}")
     assert code == 1 and said in err and "none.ckpt" not in err, err
 
