@@ -5,6 +5,7 @@
     python -m benchmarks.networks --preset latency      # the table of benchmarks.latency alone
     python -m benchmarks.networks --preset detectors    # SSD, the table of benchmarks.detectors alone
     python -m benchmarks.networks --backbones resnet18 --batch-sizes 1 64 --image-size 32
+    python -m benchmarks.networks --preset issue3 --autotune    # backends by measurement, not by rule: its own table
 
 A training step is forward, backward, SGD with momentum and zero_grad. "timm" is its `efficientnet_cc_b0_8e` for
 EfficientNet-B0 with 8 experts, elsewhere its CondConv2d in the place of ours. Before anything is timed, ours is
@@ -16,13 +17,17 @@ from __future__ import annotations
 
 import argparse
 import gc
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
+import condconv
 from benchmarks import detectors, gates, network_tables, plots
-from benchmarks.contenders import OURS, STATIC, TIMM, Trio
+from benchmarks.contenders import OURS, STATIC, TIMM, Trio, autocast
 from benchmarks.network_gates import gate
 from benchmarks.presets import Case, issue3, of_backbones
 from benchmarks.report import Report, Row, add_common_options, output_folder
@@ -36,7 +41,8 @@ MIN_ROUNDS = {True: 5, False: 3}
 class Networks:
     """The networks of the last case, kept while the next one needs the same: building them takes seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, autotune: bool = False) -> None:
+        self.autotune = autotune
         self.trio: Trio | None = None
 
     def of(self, case: Case) -> Trio:
@@ -47,6 +53,14 @@ class Networks:
             self.trio = Trio(*key)
         return self.trio
 
+    def choose_backends(self, case: Case, images: Tensor) -> None:
+        """With `autotune`, the backend of each of our layers is the fastest one at this batch, measured anew."""
+        if not self.autotune:
+            return
+        network = self.of(case).networks[OURS].train(case.training)
+        with tempfile.TemporaryDirectory() as folder, autocast(case):
+            condconv.autotune(network, images, cache=Path(folder) / "autotune.json")
+
 
 def measure(case: Case, networks: Networks, quick: bool) -> Row:
     """Gate, peak memory and times of all contenders of one case; a contender that fails gets a note, not a time."""
@@ -54,6 +68,7 @@ def measure(case: Case, networks: Networks, quick: bool) -> Row:
     try:
         trio = networks.of(case)
         images, labels = case.batch_of_images()
+        networks.choose_backends(case, images)
         errors, notes = gate(trio, case, images)
         row |= {"titles": trio.titles, "errors": errors, "notes": notes}
         workloads = {name: trio.workload(name, case, images, labels) for name in trio.names if name not in notes}
@@ -120,6 +135,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--image-size", type=int)
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="bfloat16 is autocast (default on CUDA)")
+    parser.add_argument(
+        "--autotune", action="store_true", help="measure backends first, as condconv.autotune=true does"
+    )
     add_common_options(parser)
     args = parser.parse_args(arguments)
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
@@ -137,8 +155,9 @@ def main(arguments: list[str] | None = None) -> None:
         detector_table(args)
         return
     gates.exact_float32()
-    report = Report("networks", args.device, output_folder(args), network_tables.render, args.fresh)
-    networks = Networks()
+    table = "networks-autotuned" if args.autotune else "networks"
+    report = Report(table, args.device, output_folder(args), network_tables.render, args.fresh)
+    networks = Networks(args.autotune)
 
     def bind(case: Case) -> Callable[[], Row]:
         return lambda: measure(case, networks, args.quick)

@@ -26,9 +26,9 @@ from torch import Tensor
 from condconv.ops.triton import tiles
 from condconv.ops.triton.launch import (
     Strides,
+    autotuned,
     dot,
     matmul_precision,
-    pruner,
     source_positions,
     tile_configs,
 )
@@ -45,12 +45,10 @@ PRODUCT_TILES = [
 GRADIENT_TILES = [(128, 128, 32, 8, 3), (128, 64, 32, 4, 3), (64, 64, 64, 4, 3), (64, 64, 32, 4, 3), (32, 32, 32, 4, 3)]
 
 
-@triton.autotune(
+@autotuned(
     tile_configs(("BLOCK_L", "BLOCK_J", "BLOCK_I"), PRODUCT_TILES, (32, 32, 16)),
     key=["num_positions", "num_columns", "num_inner", "num_taps", "source_strides", "geometry", "TRANSPOSED"],
-    prune_configs_by={
-        "early_config_prune": pruner({"BLOCK_L": "num_positions", "BLOCK_J": "num_columns", "BLOCK_I": "num_inner"})
-    },
+    extents={"BLOCK_L": "num_positions", "BLOCK_J": "num_columns", "BLOCK_I": "num_inner"},
 )
 @triton.jit
 def _product_kernel(
@@ -114,12 +112,10 @@ def _product_kernel(
     tl.store(target, acc.to(target_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.autotune(
+@autotuned(
     tile_configs(("BLOCK_K", "BLOCK_C", "BLOCK_L"), GRADIENT_TILES, (32, 32, 32)),
     key=["num_positions", "num_rows", "num_columns", "num_taps", "x_strides", "geometry"],
-    prune_configs_by={
-        "early_config_prune": pruner({"BLOCK_K": "num_rows", "BLOCK_C": "num_columns", "BLOCK_L": "num_positions"})
-    },
+    extents={"BLOCK_K": "num_rows", "BLOCK_C": "num_columns", "BLOCK_L": "num_positions"},
 )
 @triton.jit
 def _kernel_gradient_kernel(

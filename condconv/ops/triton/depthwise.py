@@ -32,6 +32,7 @@ from condconv.ops.triton.launch import (
     INTERPRETED,
     Geometry,
     Strides,
+    autotuned,
     empty_output,
     source_positions,
     tile_configs,
@@ -57,7 +58,7 @@ def _oriented(position, channel, CHANNELS_LAST: tl.constexpr):
     return position, channel
 
 
-@triton.autotune(
+@autotuned(
     tile_configs(("BLOCK_L", "BLOCK_C"), CONV_TILES, (32, 16)),
     key=["num_positions", "num_channels", "TAPS", "geometry", "TRANSPOSED", "FUSE_MIXING", "CHANNELS_LAST"],
 )

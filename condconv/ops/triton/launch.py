@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+import triton.testing
 from torch import Tensor
 
 from condconv.ops.chunked import AUTOMATIC_WORKSPACE_BYTES
@@ -67,11 +68,15 @@ class Steps(NamedTuple):
     width: int
     row: int
     column: int
-    strided: bool
 
     @classmethod
     def of(cls, x_NCHW: Tensor, y_NKPQ: Tensor, spec: ConvSpec) -> Steps:
-        return cls(y_NKPQ.shape[3], spec.stride[0] * x_NCHW.shape[3], spec.stride[1], spec.stride != (1, 1))
+        return cls(y_NKPQ.shape[3], spec.stride[0] * x_NCHW.shape[3], spec.stride[1])
+
+    @property
+    def strided(self) -> bool:
+        """Not a field: the interpreter of triton 3.6 takes no truth value inside a tuple."""
+        return (self.row, self.column) != (self.width, 1)
 
 
 @triton.jit
@@ -153,6 +158,20 @@ def tile_configs(
         triton.Config(dict(zip(names, sizes, strict=True)), num_warps=warps, num_stages=stages)
         for *sizes, warps, stages in tiles
     ]
+
+
+def autotuned(configs: list[triton.Config], key: list[str], extents: dict[str, str] | None = None) -> Any:
+    """`triton.autotune` that is quick, and asks once: answers lie on disk, beside the kernels that triton compiled.
+
+    `key` and `extents` (see `pruner`) name arguments of the kernel. A candidate is timed for ten milliseconds instead
+    of a hundred: a layer has four such kernels of up to eight candidates, a network dozens of layers.
+    """
+    prune = {"early_config_prune": pruner(extents)} if extents else None
+    return triton.autotune(configs, key, prune_configs_by=prune, do_bench=_time_briefly, cache_results=True)
+
+
+def _time_briefly(run: Callable[[], Any], quantiles: Sequence[float]) -> Any:
+    return triton.testing.do_bench(run, warmup=2, rep=10, quantiles=quantiles)
 
 
 def pruner(extents: dict[str, str]) -> Callable[..., list[triton.Config]]:

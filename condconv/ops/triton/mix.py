@@ -20,12 +20,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from condconv.ops.triton.launch import INTERPRETED, dot, split, tile_configs
+from condconv.ops.triton.launch import INTERPRETED, autotuned, dot, split, tile_configs
 
 MIX_TILES = [(16, 256, 4, 1), (32, 128, 4, 1), (32, 256, 8, 1), (64, 128, 4, 1), (64, 256, 8, 1)]
 
 
-@triton.autotune(tile_configs(("BLOCK_N", "BLOCK_P"), MIX_TILES, (16, 32)), key=["num_weights", "BLOCK_E"])
+@autotuned(tile_configs(("BLOCK_N", "BLOCK_P"), MIX_TILES, (16, 32)), key=["num_examples", "BLOCK_E", "CONTIGUOUS"])
 @triton.jit
 def _mix_kernel(
     routing_ptr,

@@ -24,10 +24,10 @@ from condconv.ops.triton import pointwise_gradient, tiles
 from condconv.ops.triton.launch import (
     Steps,
     Strides,
+    autotuned,
     dot,
     empty_output,
     matmul_precision,
-    pruner,
     spread,
     tile_configs,
 )
@@ -44,12 +44,10 @@ PRODUCT_TILES = [
 ]
 
 
-@triton.autotune(
+@autotuned(
     tile_configs(("BLOCK_L", "BLOCK_J", "BLOCK_I"), PRODUCT_TILES, (32, 32, 16)),
     key=["num_positions", "num_columns", "num_inner", "source_strides", "FUSE_MIXING", "kernel_stride_i"],
-    prune_configs_by={
-        "early_config_prune": pruner({"BLOCK_L": "num_positions", "BLOCK_J": "num_columns", "BLOCK_I": "num_inner"})
-    },
+    extents={"BLOCK_L": "num_positions", "BLOCK_J": "num_columns", "BLOCK_I": "num_inner"},
 )
 @triton.jit
 def _product_kernel(

@@ -24,9 +24,9 @@ from condconv.ops.triton.launch import (
     INTERPRETED,
     Steps,
     Strides,
+    autotuned,
     dot,
     matmul_precision,
-    pruner,
     spread,
     tile_configs,
 )
@@ -79,12 +79,10 @@ def _block_of_one(
     return acc
 
 
-@triton.autotune(
+@autotuned(
     tile_configs(("BLOCK_K", "BLOCK_C", "BLOCK_L"), GRADIENT_TILES, (32, 32, 32)),
     key=["num_positions", "num_rows", "num_columns", "x_strides"],
-    prune_configs_by={
-        "early_config_prune": pruner({"BLOCK_K": "num_rows", "BLOCK_C": "num_columns", "BLOCK_L": "num_positions"})
-    },
+    extents={"BLOCK_K": "num_rows", "BLOCK_C": "num_columns", "BLOCK_L": "num_positions"},
 )
 @triton.jit
 def _kernel_gradient_kernel(

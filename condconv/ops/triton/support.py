@@ -77,7 +77,9 @@ def depthwise(problem: Problem) -> str | None:
 
 
 def dense(problem: Problem) -> str | None:
-    """Any kernel and any groups but depthwise; groups of few channels work and waste most of each tile."""
+    """Any kernel and any groups but pointwise and depthwise; groups of few channels waste most of each tile."""
+    if problem.spec.groups == 1 and problem.spec.is_pointwise(problem.kernel_RS):
+        return "a pointwise layer has one tap: use backend='triton_pointwise'"
     if problem.is_depthwise and problem.in_channels > 1:
         return "a depthwise layer has no matrix product: use backend='triton_depthwise'"
     return _common(problem)

@@ -20,25 +20,10 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.autotuner import Autotuner
-from triton.runtime.jit import JITFunction
 
+from benchmarks.precompile import compile_only
 from condconv.ops.spec import ConvSpec
 from condconv.ops.triton import dense, depthwise, pointwise
-
-
-class SilentDriver:
-    """A GPU in name only."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 class Layer(NamedTuple):
@@ -75,41 +60,24 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(found[1]), "stack_bytes": int(found[2])} if found else {}
 
 
-def compile_only(every_candidate: bool) -> None:
-    """Replace launching by compiling and printing, and autotuning by a walk over the candidates."""
-    triton.runtime.driver.set_active(SilentDriver())
-    run, seen = JITFunction.run, set()
-
-    def compile_and_print(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        kernel = run(self, *args, grid=grid, warmup=True, **options)
-        if kernel.hash not in seen:
-            seen.add(kernel.hash)
-            ptx = kernel.asm["ptx"]
-            line = {
-                "kernel": f"{self.fn.__module__.rsplit('.', 1)[1]}.{self.__name__}",
-                "target": re.findall(r"\.target (\w+)", ptx)[0],
-                "dtypes": sorted({str(a.dtype)[6:] for a in args if isinstance(a, torch.Tensor)}),
-                "constants": {name: value for name, value in options.items() if name.isupper()},
-                "warps": kernel.metadata.num_warps,
-                "shared_bytes": kernel.metadata.shared,
-                "cubin_bytes": len(kernel.asm["cubin"]),
-                **resources(kernel.asm["cubin"]),
-                "instructions": {name: ptx.count(name) for name in ("wgmma.mma_async", "mma.sync", "cp.async", ".v4")},
-            }
-            print(json.dumps(line), flush=True)
-        return kernel
-
-    def walk(self: Any, *args: Any, **options: Any) -> None:
-        self.nargs = dict(zip(self.arg_names, args, strict=False))
-        candidates = self.prune_configs(options)
-        for config in candidates if every_candidate else candidates[:1]:
-            self.fn.run(*args, **options, **config.all_kwargs())
-
-    JITFunction.run, Autotuner.run = compile_and_print, walk
+def describe(kernel_function: Any, arguments: Any, options: dict[str, Any], kernel: Any) -> dict[str, Any]:
+    """What one compiled kernel costs."""
+    ptx = kernel.asm["ptx"]
+    return {
+        "kernel": f"{kernel_function.fn.__module__.rsplit('.', 1)[1]}.{kernel_function.__name__}",
+        "target": re.findall(r"\.target (\w+)", ptx)[0],
+        "dtypes": sorted({str(a.dtype)[6:] for a in arguments if isinstance(a, torch.Tensor)}),
+        "constants": {name: value for name, value in options.items() if name.isupper()},
+        "warps": kernel.metadata.num_warps,
+        "shared_bytes": kernel.metadata.shared,
+        "cubin_bytes": len(kernel.asm["cubin"]),
+        **resources(kernel.asm["cubin"]),
+        "instructions": {name: ptx.count(name) for name in ("wgmma.mma_async", "mma.sync", "cp.async", ".v4")},
+    }
 
 
 def main(full: bool) -> None:
-    compile_only(full)
+    compiled = compile_only(every_candidate=full)
     dtypes = [torch.bfloat16, torch.float16, torch.float32] if full else [torch.bfloat16]
     for layer, dtype, channels_last in itertools.product(LAYERS, dtypes, [True, False] if full else [True]):
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -118,6 +86,9 @@ def main(full: bool) -> None:
         weight, routing = torch.zeros(shape), torch.zeros(4, 8)
         y = layer.module.forward(x, routing, weight, layer.spec, 0, **layer.forward_options)
         layer.module.backward(y, x, routing, weight, layer.spec, (True,) * 3, 0, **layer.backward_options)
+    distinct = {launch[-1].hash: launch for launch in compiled}
+    for launch in distinct.values():
+        print(json.dumps(describe(*launch)), flush=True)
 
 
 if __name__ == "__main__":
