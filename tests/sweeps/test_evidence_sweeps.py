@@ -20,7 +20,8 @@ JOBS = {
     "first_block": " ".join(f"experts-8_from_block-{block}" for block in (1, 13, 10, 3)),
     "controls": "experts-0_width-0.27 experts-0_width-0.709",
     "upcycled": "experts-8 experts-0",
-    "causes": "router_gain-0.0_router-0.0_experts-8 expert-0.5_experts-8 expert-0.0_experts-8 router-10.0_experts-8 "
+    "causes": "router_gain-0.0_router-0.0_experts-8 router_gain-0.0_router-0.0_model-resnet18_width-0.125_experts-8 "
+    "expert-0.5_experts-8 expert-0.0_experts-8 router-10.0_experts-8 "
     "router-0.1_experts-8 expert_dropout-0.1_experts-8 init-independent_experts-8",
     "regimes": " ".join(
         f"{setting}_experts-{experts}"
