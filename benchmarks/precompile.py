@@ -62,7 +62,7 @@ def compile_only(capability: int = HOPPER, every_candidate: bool = True) -> list
 
 def compile_layer(problem: Problem, workspace_bytes: int) -> int:
     """Compile what a layer's forward and backward launch; returns the number of kernels."""
-    from condconv.ops.triton import dense, depthwise, pointwise, support
+    from condconv.ops.triton import dense, depthwise, pointwise
 
     before = len(_compiled)
     format_ = torch.channels_last if problem.channels_last else torch.contiguous_format
@@ -71,13 +71,12 @@ def compile_layer(problem: Problem, workspace_bytes: int) -> int:
     kernel = (problem.out_channels, problem.in_channels // problem.spec.groups, *problem.kernel_RS)
     weight = torch.zeros(problem.experts, *kernel, dtype=problem.weight_dtype)
     routing = torch.zeros(problem.batch, problem.experts)
-    os.environ["TRITON_INTERPRET"] = "1"  # `supports` asks for a GPU or the interpreter
-    able = [module for module, supports in (
-        (pointwise, support.pointwise), (depthwise, support.depthwise), (dense, support.dense)
-    ) if supports(replace(problem, device="cpu")) is None]  # fmt: skip
-    for module in able:
-        y = module.forward(x, routing, weight, problem.spec, workspace_bytes)
-        module.backward(y, x, routing, weight, problem.spec, (True, True, True), workspace_bytes)
+    if problem.spec.groups == 1 and problem.spec.is_pointwise(problem.kernel_RS):
+        module: Any = pointwise
+    else:
+        module = depthwise if problem.is_depthwise else dense
+    y = module.forward(x, routing, weight, problem.spec, workspace_bytes)
+    module.backward(y, x, routing, weight, problem.spec, (True, True, True), workspace_bytes)
     return len({kernel.hash for *_, kernel in _compiled[before:]})
 
 

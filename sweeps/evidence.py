@@ -6,6 +6,7 @@ jobs are kept, others go on from their last checkpoint.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -14,6 +15,8 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 from configs.messages import UserError
@@ -48,20 +51,23 @@ def keep_runs(evidence: Evidence) -> int:
 
 
 def planned(evidence: Evidence) -> list[tuple[str, str, str]]:
-    """(study, job, how it stands) of everything, as the sweeps list it.
+    """(study, job, how it stands) of everything, as the sweeps list it, several of them at a time.
 
     Raises:
         UserError: a sweep cannot be planned.
     """
-    found = []
-    for study, seeds in evidence.steps():
+
+    def listed(step: tuple[str, tuple[str, ...]]) -> list[tuple[str, str, str]]:
+        study, seeds = step
         command = evidence.command(study, seeds, "hydra.sweeper.list_only=true")
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"{study}: {done.stderr.strip().removeprefix('error: ') or done.stdout.strip()}")
         lines = [line.split()[:2] for line in done.stdout.splitlines() if " python train.py " in line]
-        found += [(study, name, state) for name, state in lines]
-    return found
+        return [(study, name, state) for name, state in lines]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(chain.from_iterable(pool.map(listed, evidence.steps())))
 
 
 def minutes(evidence: Evidence, study: str, name: str) -> float | None:
