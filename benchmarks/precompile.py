@@ -23,8 +23,14 @@ from models import list_backbones
 HOPPER = 90
 
 
-def compile_only(capability: int = HOPPER, every_candidate: bool = True) -> list[Any]:
-    """From now on, in this process, launching means compiling; returns the list that compiled kernels are added to."""
+def compile_only(compiled: list[Any], capability: int = HOPPER, every_candidate: bool = True) -> None:
+    """From now on, in this process, launching means compiling.
+
+    Args:
+        compiled: gets (function, arguments, options, compiled kernel) of every launch.
+        capability: of the GPU in question, 90 for Hopper.
+        every_candidate: all tile candidates, or the first alone.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.autotuner import Autotuner
@@ -43,7 +49,7 @@ def compile_only(capability: int = HOPPER, every_candidate: bool = True) -> list
             return 0
 
     triton.runtime.driver.set_active(SilentDriver())
-    run, compiled = JITFunction.run, []
+    run = JITFunction.run
 
     def compile_instead(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
@@ -57,7 +63,6 @@ def compile_only(capability: int = HOPPER, every_candidate: bool = True) -> list
             self.fn.run(*args, **options, **config.all_kwargs())
 
     JITFunction.run, Autotuner.run = compile_instead, walk
-    return compiled
 
 
 def compile_layer(problem: Problem, workspace_bytes: int) -> int:
@@ -86,8 +91,7 @@ _compiled: list[Any] = []
 
 def _start_process() -> None:
     torch.set_num_threads(1)
-    global _compiled
-    _compiled = compile_only()
+    compile_only(_compiled)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -77,7 +77,8 @@ def describe(kernel_function: Any, arguments: Any, options: dict[str, Any], kern
 
 
 def main(full: bool) -> None:
-    compiled = compile_only(every_candidate=full)
+    compiled: list[Any] = []
+    compile_only(compiled, every_candidate=full)
     dtypes = [torch.bfloat16, torch.float16, torch.float32] if full else [torch.bfloat16]
     for layer, dtype, channels_last in itertools.product(LAYERS, dtypes, [True, False] if full else [True]):
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
