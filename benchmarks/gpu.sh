@@ -2,7 +2,8 @@
 # Everything that needs an NVIDIA GPU, in one call of under eight minutes: compiles and checks the Triton kernels on all CPU
 # cores, then times networks against static and timm, kernels against their bounds, and layers against the other backends.
 # Each step has its own time limit, a failed step does not stop the next, and the exit code says whether all passed. What is
-# timed has the GPU to itself. Needs torch, timm, triton, rich and pytest; no installation. pytest-xdist is used if there.
+# timed has the GPU to itself. Needs torch, timm, triton, pytorch-lightning, matplotlib, rich and pytest; no installation.
+# pytest-xdist is used if there.
 #
 #   bash benchmarks/gpu.sh                results in benchmarks/results/ (and in $OUT, if set)
 #   PYTHON=.venv/bin/python bash benchmarks/gpu.sh
