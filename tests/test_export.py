@@ -113,7 +113,10 @@ def test_predictions_of_files_and_folders(checkpoint: Path, command: Commands, t
     assert "bad.jpg: not read: UnidentifiedImageError" in out and "1 of 5 images could not be read" in out
     rows = json.loads((tmp_path / "p.json").read_text())
     assert [Path(row["file"]).name for row in rows] == ["0.png", "1.png", "2.png", "bad.jpg", "1.png"]
-    assert "error" in rows[3] and rows[1] == rows[4]
+    assert "error" in rows[3]
+    # The same file in another batch: some processors round differently there.
+    first, again = ({entry["class"]: entry["probability"] for entry in row["top"]} for row in (rows[1], rows[4]))
+    assert again == pytest.approx(first)
     probabilities = [entry["probability"] for entry in rows[0]["top"]]
     assert len(probabilities) == 2 and probabilities == sorted(probabilities, reverse=True)
     assert {entry["class"] for entry in rows[0]["top"]} <= {"cat", "dog", "owl"}
