@@ -107,11 +107,11 @@ def test_the_same_command_gives_the_same_weights(tmp_path: Path) -> None:
 
 def test_it_learns(tmp_path: Path) -> None:
     """A few seconds of training get well above chance, and CondConv's own parameters moved."""
-    overrides = [*TINY, "trainer.max_epochs=6", "trainer.limit_train_batches=1.0", "callbacks=none", "seed=3"]
+    overrides = [*TINY, "trainer.max_epochs=9", "trainer.limit_train_batches=1.0", "callbacks=none", "seed=3"]
     overrides += ["optim.lr=0.01"]
     cfg = compose_train(*overrides, f"paths.run={tmp_path}")
     figures = train(cfg)
-    assert figures["test/top1"] > 0.3, figures  # 0.43 without AVX-512, above 0.5 with it
+    assert figures["test/top1"] > 0.5, figures
     state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     torch.manual_seed(3)
     fresh = build_network(cfg.model, cfg.condconv, 10).state_dict()

@@ -13,6 +13,7 @@ from benchmarks import contenders, network_tables, networks, peers
 from benchmarks.contenders import OURS, STATIC, TIMM, Trio
 from benchmarks.network_gates import gate
 from benchmarks.presets import Case, issue3, of_backbones
+from condconv.ops import choice
 from condconv.ops.registry import BACKENDS
 from models import create_model
 
@@ -134,3 +135,14 @@ def test_rows_with_targets_keep_them_in_every_preset() -> None:
     found = {case.id: (case.targets, case.budget_s) for case in cases}
     assert found[wanted.id] == (wanted.targets, wanted.budget_s)
     assert {targets for name, (targets, _) in found.items() if name != wanted.id} == {None}
+
+
+@pytest.mark.parametrize("autotune", [True, False])
+def test_backends_are_measured_when_asked(tiny: None, autotune: bool) -> None:
+    choice.forget()
+    try:
+        row = networks.measure(case(), networks.Networks(autotune), quick=True)
+        assert OURS in row["times"]
+        assert bool(choice._measured) == autotune
+    finally:
+        choice.forget()

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ KERNELS = {
     "dense._product_kernel",
     "dense._kernel_gradient_kernel",
 }
+OLD_TRITON = importlib.util.find_spec("triton") is not None and version("triton").startswith(("3.4.", "3.5.", "3.6."))
 PRODUCTS = {name for name in KERNELS if name.startswith(("pointwise", "dense"))}
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -49,8 +51,9 @@ def compiled(cache: Path, *arguments: str) -> list[dict[str, Any]]:
 def test_kernels_compile_for_sm_90(tmp_path: Path) -> None:
     """bfloat16, channels last: no spills, tensor cores wherever matrices are multiplied, wide loads."""
     for line in compiled(tmp_path):
-        # triton 3.6 spills six registers of the fused kernel, 3.8 none.
-        assert line["stack_bytes"] <= (24 if line["kernel"] == "pointwise_gradient._fused_kernel" else 0), line
+        # Measured: triton 3.6 spills six registers of the fused kernel, 3.8 none.
+        spills = OLD_TRITON and line["kernel"] == "pointwise_gradient._fused_kernel"
+        assert line["stack_bytes"] <= (24 if spills else 0), line
         assert line["instructions"][".v4"] or line["instructions"]["cp.async"], line
         if line["kernel"] in PRODUCTS:
             assert line["instructions"]["wgmma.mma_async"], line
