@@ -119,6 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[float]]:
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--tune", action="store_true", help="try learning rates on held-out training digits instead")
     args = parser.parse_args(arguments)
+    if args.epochs < 1:
+        parser.error(f"--epochs {args.epochs}: at least 1")
     if args.tune:
         tune(args.epochs)
         return {}
