@@ -66,8 +66,7 @@ def explain(error: BaseException, config_name: str = "train") -> str:
     if isinstance(error, ConfigCompositionException):
         return _explain_composition(error, config_name)
     if isinstance(error, OverrideParseException):
-        reason = str(error).splitlines()[1:2]
-        return " ".join([f"Cannot read the argument {error.override!r}: expected key=value without spaces.", *reason])
+        return _explain_unreadable(str(error.override), str(error))
     if isinstance(error, OmegaConfBaseException):
         return str(error).strip()
     if isinstance(error, OSError) and error.filename and error.strerror:
@@ -77,6 +76,17 @@ def explain(error: BaseException, config_name: str = "train") -> str:
     place = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None
     where = f" ({Path(place.filename).name}:{place.lineno})" if place else ""
     return f"{type(error).__name__}: {error}{where}. This looks like a mistake in the code rather than in the command."
+
+
+def _explain_unreadable(argument: str, error: str) -> str:
+    key, _, value = argument.partition("=")
+    if key and re.search(r"[=+(){}\[\]\s]", value):  # what Hydra's own language uses
+        quoted = '["..."]' if value.startswith("[") else '"..."'
+        how = f"what has = + ( ) {{ }} or spaces in it needs quotes that reach Hydra, as in '{key}={quoted}'."
+    else:
+        reason = [line for line in error.splitlines()[1:2] if not line.startswith("See ")]
+        how = " ".join(["expected key=value without spaces.", *reason])
+    return f"Cannot read the argument {argument!r}: {how}"
 
 
 def _explain_composition(error: ConfigCompositionException, config_name: str) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -98,6 +99,24 @@ def make_plan(
     if not jobs:
         raise UserError("The sweep has no jobs: one of the settings has an empty list of values.")
     return Plan(tuple(fixed), tuple(Job(n, job) for n, job in zip(unique_names(jobs), jobs, strict=True)))
+
+
+def select(plan: Plan, patterns: str | Sequence[str] | None) -> Plan:
+    """The plan with only the jobs whose name matches one of the patterns (`*` for any letters); all of them with None.
+
+    Raises:
+        UserError: a pattern that no job has.
+    """
+    if patterns is None:
+        return plan
+    patterns = [patterns] if isinstance(patterns, str) else list(map(str, patterns))
+    names = [job.name for job in plan.jobs]
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+            raise UserError(f"hydra.sweeper.only={pattern}: no job has such a name. There are: {shown}")
+    chosen = (job for job in plan.jobs if any(fnmatch.fnmatchcase(job.name, pattern) for pattern in patterns))
+    return replace(plan, jobs=tuple(chosen))
 
 
 def _parse(arguments: Sequence[str]) -> list[Override]:

@@ -26,13 +26,15 @@ from sweeps.display import Display
 from sweeps.jobs import JobRun, quoted, state_on_disk
 from sweeps.launchers import InProcess, InTurn, make_launcher
 from sweeps.names import short_hash
-from sweeps.plan import HARMLESS, Job, Plan, belongs_to_sweep, key_of, make_plan
+from sweeps.plan import HARMLESS, Job, Plan, belongs_to_sweep, key_of, make_plan, select
 
 SWEEP_FILE = "sweep.json"
 LOCK_FILE = ".sweep.lock"
 # How long jobs of a killed sweep may take to end before a new start gives up.
 LOCK_WAIT_S = 120.0
 REFRESH_S = 1.0
+# How much of a sweep is run, and how: what does not make another sweep of it.
+NOT_OF_THE_FOLDER = tuple(f"hydra.sweeper.{key}" for key in ("launcher", "trials", "only", "list_only"))
 
 
 class Sweep:
@@ -43,6 +45,7 @@ class Sweep:
         launcher: `kind` and the options of `sweeps.launchers.make_launcher`.
         params, unless_given, variants, keep_variants, static_twin: see `sweeps.plan.make_plan`.
         generator: a function that returns `variants`, by its dotted name; see `sweeps.generators`.
+        only: names of jobs, or patterns of them; see `sweeps.plan.select`.
         list_only: print the jobs, run none.
     """
 
@@ -59,6 +62,7 @@ class Sweep:
         keep_variants: bool = False,
         static_twin: bool = False,
         generator: str | None = None,
+        only: str | Sequence[str] | None = None,
         list_only: bool = False,
         **others: Any,
     ) -> None:
@@ -71,6 +75,7 @@ class Sweep:
         self.variants = [list(variant) for variant in variants or ()]
         self.keep_variants = keep_variants
         self.static_twin = static_twin
+        self.only = only
         self.list_only = list_only
         self.generator = generator
         self.launcher = make_launcher(**{str(key): value for key, value in (launcher or {}).items()})
@@ -88,7 +93,7 @@ class Sweep:
             a for a in arguments if not belongs_to_sweep(key_of(a)) and key_of(a).partition(".")[0] not in HARMLESS
         ]
         kind = [a for a in arguments if key_of(a) in ("sweep", "hparams_search") or a.startswith("hydra.sweeper.")]
-        kind = [a for a in kind if not a.startswith(("hydra.sweeper.launcher", "hydra.sweeper.trials"))]
+        kind = [a for a in kind if not a.startswith(NOT_OF_THE_FOLDER)]
         name = next((a.partition("=")[2] for a in kind if "." not in key_of(a)), "sweep")
         label = f"{name}-{short_hash([*words, *kind])}"
         return Path(self.config.paths.outputs).expanduser().absolute() / "sweeps" / label
@@ -195,13 +200,14 @@ class GridSweep(Sweep):
         return runs
 
     def plan(self, arguments: Sequence[str]) -> Plan:
-        """The jobs, with what the generator found if there is one."""
+        """The jobs, with what the generator found if there is one; those that `only` names."""
         options = {"params": self.params, "unless_given": self.unless_given, "static_twin": self.static_twin}
         variants = self.variants
         if self.generator is not None:
             first = make_plan(arguments, **options)
             variants = find_generator(self.generator)(self.compose(first.command_line(first.jobs[-1])))
-        return make_plan(arguments, variants=variants, keep_variants=self.keep_variants, **options)
+        plan = make_plan(arguments, variants=variants, keep_variants=self.keep_variants, **options)
+        return select(plan, self.only)
 
     def skip(self, run: JobRun) -> bool:
         """Whether a job stays as it is: finished, or failed and not to be retried."""

@@ -21,6 +21,7 @@ TRAIN_MISTAKES = {
     "key misspelt": ("condconv.expert=4", "Did you mean 'condconv.experts'?"),
     "key without its group": ("experts=4", "Did you mean 'condconv.experts'?"),
     "no equals sign": ("efficientnet_b0", "Cannot read the argument 'efficientnet_b0'", "key=value"),
+    "list without quotes": ("condconv.layers=[a=1]", "needs quotes", """'condconv.layers=["..."]'"""),
     "negative experts": ("condconv.experts=-1", "condconv.experts=-1", "whole number from 0"),
     "fractional experts": ("condconv.experts=2.5", "condconv.experts=2.5", "whole number"),
     "experts as a word": ("condconv.experts=eight", "condconv.experts=eight", "whole number"),

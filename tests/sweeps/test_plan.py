@@ -8,7 +8,7 @@ import pytest
 
 from configs.messages import UserError
 from sweeps.names import LONGEST, job_name, unique_names
-from sweeps.plan import make_plan
+from sweeps.plan import make_plan, select
 
 SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]*")
 
@@ -70,6 +70,19 @@ def test_what_belongs_to_the_sweep_is_not_passed_on() -> None:
     own = ["sweep=experts", "sweep_dir=/x", "retry_failed=true", "launcher=joblib", "hydra.sweeper.launcher.n_jobs=3"]
     plan = make_plan([*own, "seed=1,2"])
     assert plan.fixed == () and [job.overrides for job in plan.jobs] == [("seed=1",), ("seed=2",)]
+
+
+def test_jobs_by_name() -> None:
+    plan = make_plan(["condconv.experts=0,8,16", "seed=1,2"])
+    assert select(plan, None) is plan
+    assert [job.name for job in select(plan, "experts-8_*").jobs] == ["experts-8_seed-1", "experts-8_seed-2"]
+    chosen = select(plan, ["experts-16_seed-2", "*-0_seed-1", "*_seed-1"])
+    assert [job.name for job in chosen.jobs] == [
+        f"experts-{e}" for e in ("0_seed-1", "8_seed-1", "16_seed-1", "16_seed-2")
+    ]
+    assert chosen.fixed == plan.fixed
+    with pytest.raises(UserError, match=r"only=experts-4_\*: no job has such a name.*experts-0_seed-1"):
+        select(plan, ["*-0_*", "experts-4_*"])
 
 
 @pytest.mark.parametrize(

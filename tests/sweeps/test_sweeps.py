@@ -169,6 +169,9 @@ def test_started_again(commands: Commands) -> None:
     assert code == 1 and "left as they are: 1 finished, 1 failed" in out, out + err
     assert "experts-2 finished" in out and "experts-0 finished" not in out
     assert read_result(folder / "experts-0")["ended"] == ended[0] and read_result(folder / "experts-2")["parts"] == 2
+    # Listed, and in part: still the same sweep.
+    code, out, _ = commands.train(*overrides, "hydra.sweeper.only=*-2", "hydra.sweeper.list_only=true")
+    assert code == 0 and [line.split()[:2] for line in out.splitlines()] == [["experts-2", "finished"]], out
     # Again with the failed ones; another logger does not make another sweep.
     code, out, _ = commands.train(*overrides, "retry_failed=true", "logger=csv")
     assert code == 1 and "left as they are: 2 finished" in out and "experts--3 failed" in out
