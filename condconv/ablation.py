@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from condconv.recording import hooks_run
 from condconv.survey import catch_routing, routers_of
 
 Change = Callable[[str, Tensor], Tensor]
@@ -40,7 +41,8 @@ def changed_routing(model: nn.Module, change: Change) -> Iterator[None]:
 
     handles = [router.register_forward_hook(hook) for router in names]
     try:
-        yield
+        with hooks_run():
+            yield
     finally:
         for handle in handles:
             handle.remove()

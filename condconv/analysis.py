@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from condconv.recording import hooks_run
 from condconv.routing import Router, SoftmaxRouter
 
 SATURATED = 0.98
@@ -314,7 +315,8 @@ def record_routing(model: nn.Module, num_bins: int = 20) -> Iterator[dict[str, R
 
     handles = [router.register_forward_hook(hook) for router in routers.values()]
     try:
-        yield statistics
+        with hooks_run():
+            yield statistics
     finally:
         for handle in handles:
             handle.remove()

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
+from condconv.compress import CompressedLayer
 from condconv.layers import CondConv2d, CondLinear
 from condconv.routing import FCRouter, Router
 
@@ -77,6 +78,8 @@ def _check_timm_can(network: nn.Module) -> None:
     for name, module in network.named_modules():
         if isinstance(module, CondLinear):
             reasons.append(f"{name} is a linear layer with experts (create the network with classifier=False)")
+        elif isinstance(module, CompressedLayer):
+            reasons.append(f"the experts of {name} are compressed")
         elif isinstance(module, Router) and type(module) is not FCRouter:
             reasons.append(f"{name} is a {type(module).__name__}, not the fully connected router (routing='fc')")
         elif isinstance(module, CondConv2d) and module.router is not None:
@@ -90,7 +93,11 @@ def _check_timm_can(network: nn.Module) -> None:
 def misfits(state: State, network: nn.Module) -> str:
     """What keeps a state dict from being the complete weights of `network`, in words; empty if nothing does."""
     own = network.state_dict()
-    missing = [name for name in own if name not in state]
+    # Weights from before compression come without scales: loading computes them.
+    compressed = [name for name, module in network.named_modules() if isinstance(module, CompressedLayer)]
+    plain = [name for name in compressed if f"{name}.weight" in state and state[f"{name}.weight"].is_floating_point()]
+    computed = {f"{name}.scale" for name in plain}
+    missing = [name for name in own if name not in state and name not in computed]
     unknown = [name for name in state if name not in own]
     misshapen = [
         f"{name} {list(value.shape)}, in the network {list(own[name].shape)}"

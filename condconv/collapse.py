@@ -145,9 +145,11 @@ def collapse(model: nn.Module, routing: Routing | Mapping[str, Routing]) -> Coll
     )
     replacements = {name: _static(layers[name], _mean(weights)) for name, weights in chosen.items()}
     _remove_routers(model)
-    for name, replacement in replacements.items():
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, replacement)
+    static = {layers[name]: replacement for name, replacement in replacements.items()}
+    for name, layer in list(model.named_modules(remove_duplicate=False)):  # a layer may have several names
+        if layer in static:
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, static[layer])
     return Collapse(report)
 
 

@@ -13,6 +13,7 @@ Hook-based counters of static networks do not see convolutions whose kernels are
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -117,14 +118,14 @@ def complexity(model: nn.Module, input_size: int | Sequence[int] = (3, 224, 224)
             f"input_size must be a shape of positive ints without the batch, e.g. (3, 224, 224); got {size}"
         )
     routers = {name for name, module in model.named_modules() if isinstance(module, Router)}
-    counted: dict[str, tuple[nn.Module, LayerComplexity]] = {}
+    counted: dict[str, LayerComplexity] = {}
     for name, module in model.named_modules():
         inside_router = any(name.startswith(f"{router}.") for router in routers)
         layer = None if inside_router else _without_madds(name, module)
         if layer is not None:
-            counted[name] = (module, layer)
+            counted[name] = layer
     _run(model, size, counted)
-    layers = tuple(layer for _, layer in counted.values())
+    layers = tuple(counted.values())
     params = sum(p.numel() for p in model.parameters())
     params += sum(module.weight.numel() for module in model.modules() if isinstance(module, CompressedLayer))
     return Complexity(
@@ -159,33 +160,33 @@ def _own_params(module: nn.Module) -> int:
 
 def _madds(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
     """(MADDs, MADDs of the static layer) of one call."""
+    # The network got one image; a layer may get several examples all the same, such as the windows of it.
+    num_examples = args[0].shape[0]
     if isinstance(module, Router):
-        return sum(p.numel() for p in module.parameters() if p.ndim > 1), 0
-    num_images = args[0].shape[0]
-    positions = output.numel() // num_images
+        return num_examples * sum(p.numel() for p in module.parameters() if p.ndim > 1), 0
     if isinstance(module, CondConv2d | CondLinear):
-        static = positions * (module.weight[0, 0].numel())
-        return static + _own_params(module), static
+        static = output.numel() * module.weight[0, 0].numel()
+        return static + num_examples * _own_params(module), static
     assert isinstance(module, _ConvNd | nn.Linear)
-    if isinstance(module, _ConvTransposeNd):
-        positions = args[0].numel() // num_images
+    positions = args[0].numel() if isinstance(module, _ConvTransposeNd) else output.numel()
     static = positions * module.weight[0].numel()
     return static, static
 
 
 @contextmanager
-def _counting(counted: dict[str, tuple[nn.Module, LayerComplexity]]) -> Iterator[None]:
-    """While entered, every forward call of a counted layer adds its MADDs."""
+def _counting(model: nn.Module, counted: dict[str, LayerComplexity]) -> Iterator[None]:
+    """While entered, every forward call of a counted layer of the network adds its MADDs."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         name = names[module]
-        layer = counted[name][1]
+        layer = counted[name]
         madds, static = _madds(module, args or tuple(kwargs.values()), output)
         shape = tuple(output.shape[1:])
-        added = replace(layer, madds=layer.madds + madds, static_madds=layer.static_madds + static, output_shape=shape)
-        counted[name] = (module, added)
+        counted[name] = replace(
+            layer, madds=layer.madds + madds, static_madds=layer.static_madds + static, output_shape=shape
+        )
 
-    names = {module: name for name, (module, _) in counted.items()}
+    names = {model.get_submodule(name): name for name in counted}
     handles = [module.register_forward_hook(hook, with_kwargs=True) for module in names]
     try:
         yield
@@ -194,25 +195,34 @@ def _counting(counted: dict[str, tuple[nn.Module, LayerComplexity]]) -> Iterator
             handle.remove()
 
 
-def _run(model: nn.Module, size: tuple[int, ...], counted: dict[str, tuple[nn.Module, LayerComplexity]]) -> None:
+def _without_data(model: nn.Module) -> nn.Module:
+    """A copy on the meta device, which takes no memory; what the network keeps of a run (grids) goes with it."""
+    tensors = [*model.parameters(), *model.buffers()]
+    memo: dict[int, Any] = {id(tensor): torch.empty_like(tensor, device="meta") for tensor in tensors}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(memo[id(parameter)], requires_grad=False)
+    return copy.deepcopy(model, memo)
+
+
+def _run(model: nn.Module, size: tuple[int, ...], counted: dict[str, LayerComplexity]) -> None:
     """Run the network once in eval mode with the counting hooks; flags are put back."""
     training = {module: module.training for module in model.modules()}
     fresh = dict(counted)
-    tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    floating = [t for t in tensors.values() if t.is_floating_point()]
+    floating = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
     dtype = floating[0].dtype if floating else torch.get_default_dtype()
     device = floating[0].device if floating else torch.device("cpu")
     model.eval()
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             try:
-                with _counting(counted):
-                    meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-                    torch.func.functional_call(model, meta, (torch.empty(1, *size, dtype=dtype, device="meta"),))
+                without_data = _without_data(model)
+                with _counting(without_data, counted):
+                    without_data(torch.empty(1, *size, dtype=dtype, device="meta"))
             except (RuntimeError, NotImplementedError, ValueError, TypeError):
-                # Not every operator runs without data; a shape that does not fit fails again here, with a real message.
+                # Not every operator runs without data, not every network can be copied; a shape that does not fit
+                # fails again here, with a real message.
                 counted.update(fresh)
-                with _counting(counted):
+                with _counting(model, counted):
                     model(torch.zeros(1, *size, dtype=dtype, device=device))
     except (RuntimeError, ValueError) as error:
         shape = "x".join(map(str, (1, *size)))

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from condconv.functional import Padding, _check_tensors, _compute_input, _geometry, _mix_bias
+from condconv.functional import Padding, _check_tensors, _compute_input, _geometry, _mix_bias, check_positions
 from condconv.layers import CondConv2d, CondLinear, _CondLayer
 from condconv.ops.compressed import CONVOLUTIONS, EXPERT_DTYPES, compressed_conv2d, encode, pack, unpack
+from condconv.ops.operator import needs_plain_torch
 from condconv.ops.registry import AUTO
 
 
@@ -120,7 +121,8 @@ class CompressedLayer(_CondLayer):
         groups: int,
     ) -> Tensor:
         """As `condconv2d`, with its checks."""
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, routing, self.bias)):
+        with_gradient = any(t is not None and t.requires_grad for t in (x, routing, self.bias))
+        if (torch.is_grad_enabled() and with_gradient) or needs_plain_torch(x, routing):
             raise RuntimeError(
                 "Compressed experts are for inference and have no gradients: call the network under torch.no_grad() "
                 "or torch.inference_mode(), or train it before compress_experts."
@@ -194,9 +196,8 @@ class CompressedLinear(CompressedLayer, CondLinear):
 
     def forward(self, x: Tensor, routing_weights: Tensor | None = None) -> Tensor:
         """As `CondLinear`, without gradients."""
+        check_positions(x)
         routing = self._routing_weights(x if x.dim() == 2 else x.movedim(-1, 1), routing_weights)
-        if x.dim() < 2 or 0 in x.shape[1:-1]:
-            raise ValueError(f"x must be [N, ..., C] with at least one position, got {tuple(x.shape)}.")
         x_NLC = x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
         y_NK1L = self._convolve(x_NLC.transpose(1, 2).unsqueeze(2), routing, (1, 1), 0, (1, 1), 1)
         return y_NK1L.squeeze(2).transpose(1, 2).reshape(*x.shape[:-1], self.out_features)

@@ -42,10 +42,11 @@ def export_form(model: nn.Module, form: str = "mixture") -> nn.Module:
         return _plain(copy.deepcopy(model), form).eval()
     copied = copy.deepcopy(model)
     plain: dict[nn.Module, nn.Module] = {}
-    for name, module in list(copied.named_modules()):
+    for name, module in list(copied.named_modules(remove_duplicate=False)):  # a layer may have several names
         if isinstance(module, CondConv2d | CondLinear):
             parent, _, attribute = name.rpartition(".")
-            plain[module] = _plain(module, form)
+            if module not in plain:
+                plain[module] = _plain(module, form)
             setattr(copied.get_submodule(parent), attribute, plain[module])
     for layer, replacement in plain.items():
         unit = getattr(layer, "routing_unit", None)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from condconv.ops import reference
-from condconv.ops.operator import conv2d, convolve, is_unobserved
-from condconv.ops.registry import REFERENCE, check_name
+from condconv.ops.operator import conv2d, convolve, is_unobserved, needs_plain_torch
+from condconv.ops.registry import AUTO, REFERENCE, check_name
 from condconv.ops.spec import ConvSpec, mixing_dtype, without_autocast
 
 _debug = False
@@ -113,7 +113,8 @@ def _compute_input(x: Tensor, weight: Tensor) -> Tensor:
     if available and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(x.device.type))
     if x.dtype != weight.dtype:
-        raise ValueError(f"x is {x.dtype} but the weight is {weight.dtype}; convert one, or use torch.autocast.")
+        autocast = "" if available and torch.is_autocast_enabled(x.device.type) else ", or use torch.autocast"
+        raise ValueError(f"x is {x.dtype} but the weight is {weight.dtype}; convert one{autocast}.")
     return x
 
 
@@ -165,7 +166,9 @@ def condconv2d(
             bottom and the right.
         dilation: As in `torch.nn.functional.conv2d`.
         groups: As in `torch.nn.functional.conv2d`; C for a depthwise convolution.
-        backend: One of `condconv.list_backends()`. "auto" decides by shape; see `condconv.explain`.
+        backend: One of `condconv.list_backends()`. "auto" decides by shape, see `condconv.explain`, and is "reference"
+            inside `torch.func` derivatives and forward-mode differentiation, which the other algorithms do not have.
+            `torch.compile` around such a derivative hides it: ask for "reference" there, or forward mode gives zeros.
         workspace_bytes: Memory for mixed kernels; 0 for an automatic value. Results do not depend on it but for
             rounding.
 
@@ -174,6 +177,7 @@ def condconv2d(
 
     Raises:
         ValueError: For shapes, dtypes, devices or options that do not fit together, and for a backend that cannot run.
+        RuntimeError: For a derivative that a backend asked for by name does not have.
     """
     check_name(backend)
     if not isinstance(workspace_bytes, int) or workspace_bytes < 0:
@@ -183,6 +187,13 @@ def condconv2d(
         _check_finite(routing_weights)
     x = _compute_input(x, weight)
     x, spec = _geometry(x, (weight.shape[3], weight.shape[4]), stride, padding, dilation, groups)
+    if backend != REFERENCE and needs_plain_torch(x, routing_weights, weight):
+        if backend != AUTO:
+            raise RuntimeError(
+                f"backend={backend!r} has gradients by backward() only. Derivatives of torch.func and forward-mode "
+                "differentiation need backend='reference' (or 'auto', which takes it for them)."
+            )
+        backend = REFERENCE
     if backend == REFERENCE:
         with without_autocast(x.device):
             return reference.condconv2d(x, routing_weights, weight, bias, spec)
@@ -198,6 +209,14 @@ def _mix_bias(routing_weights: Tensor, bias: Tensor, dtype: torch.dtype) -> Tens
     with without_autocast(routing_weights.device):
         mix = mixing_dtype(routing_weights, bias)
         return (routing_weights.to(mix) @ bias.to(mix)).to(dtype)
+
+
+def check_positions(x: Tensor) -> None:
+    """Refuse what is not `[N, ..., C]` with at least one position for each example."""
+    if x.dim() < 2:
+        raise ValueError(f"x must be [N, ..., C], got {x.dim()} dimensions {tuple(x.shape)}.")
+    if 0 in x.shape[1:-1]:
+        raise ValueError(f"x [N, ..., C] has no positions between examples and channels, got {tuple(x.shape)}.")
 
 
 def cond_linear(
@@ -226,10 +245,7 @@ def cond_linear(
     """
     if weight.dim() != 3:
         raise ValueError(f"weight must be [E, K, C], got {weight.dim()} dimensions {tuple(weight.shape)}.")
-    if x.dim() < 2:
-        raise ValueError(f"x must be [N, ..., C], got {x.dim()} dimensions {tuple(x.shape)}.")
-    if 0 in x.shape[1:-1]:
-        raise ValueError(f"x [N, ..., C] has no positions between examples and channels, got {tuple(x.shape)}.")
+    check_positions(x)
     x_NLC = x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
     x_NC1L = x_NLC.transpose(1, 2).unsqueeze(2)
     y_NK1L = condconv2d(x_NC1L, routing_weights, weight[..., None, None], bias, 1, 0, 1, 1, backend, workspace_bytes)

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from condconv.layers import CondConv2d, CondLinear
+
+
+def hooks_run() -> AbstractContextManager[None]:
+    """While entered, compiled networks run uncompiled: what is compiled knows nothing of hooks that came later."""
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 @contextmanager
@@ -21,14 +28,15 @@ def record_layers(model: nn.Module, receive: Callable[[str, Tensor], None]) -> I
 
     def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert isinstance(layer, CondConv2d | CondLinear)
-        x = args[0]
+        x = args[0] if args else kwargs["x"]
         channels_second = x if isinstance(layer, CondConv2d) or x.dim() == 2 else x.movedim(-1, 1)
         given = args[1] if len(args) > 1 else kwargs.get("routing_weights")
         receive(names[layer], layer._routing_weights(channels_second, given))
 
     handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in names]
     try:
-        yield
+        with hooks_run():
+            yield
     finally:
         for handle in handles:
             handle.remove()

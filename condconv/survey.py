@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from condconv.analysis import ClassStatistics, ClassSummary, RoutingStatistics, RoutingSummary
+from condconv.recording import hooks_run
 from condconv.routing import Router, SoftmaxRouter
 
 SAMPLE_BYTES = 64 * 2**20
@@ -119,7 +120,8 @@ def catch_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
     handles = [router.register_forward_hook(hook) for router in names]
     try:
-        yield caught
+        with hooks_run():
+            yield caught
     finally:
         for handle in handles:
             handle.remove()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from condconv.compress import CompressedLayer
 from condconv.layers import CondConv2d, CondLinear
 from condconv.ops import autotune as measuring
 from condconv.ops.autotune import Measurement
 from condconv.ops.choice import choose, recording, remember
 from condconv.ops.spec import Problem
+from condconv.recording import hooks_run
 
 
 @dataclass(frozen=True)
@@ -55,16 +57,24 @@ class Explanation:
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
+def same_random_state(device: torch.device) -> AbstractContextManager[None]:
+    """What is drawn inside changes nothing afterwards: a training is the same whether layers were measured or not."""
+    state: AbstractContextManager[None] = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    return state
+
+
 @contextmanager
 def _layer_problems(model: nn.Module) -> Iterator[list[tuple[str, Problem]]]:
     """Collect (layer name, problem) of every CondConv layer with backend "auto" that runs inside the block."""
     found: list[tuple[str, Problem]] = []
     with ExitStack() as stack:
         problems = stack.enter_context(recording())
+        stack.enter_context(hooks_run())
 
         def note(name: str) -> Any:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
-                found.extend((name, problem) for problem in problems)
+                if not isinstance(module, CompressedLayer):  # those have algorithms of their own
+                    found.extend((name, problem) for problem in problems)
                 problems.clear()
 
             return hook
@@ -78,16 +88,19 @@ def _layer_problems(model: nn.Module) -> Iterator[list[tuple[str, Problem]]]:
 def layer_problems(model: nn.Module, x: Tensor) -> list[tuple[str, Problem]]:
     """The problem of every CondConv layer with backend "auto" when the network runs on `x`.
 
-    Gradients count when the network is in training mode. Buffers such as BatchNorm's are restored.
+    Gradients count when the network is in training mode. Buffers such as BatchNorm's and the random state are restored.
     """
     buffers = [buffer.clone() for buffer in model.buffers()]
-    with _layer_problems(model) as found, torch.set_grad_enabled(model.training):
+    with same_random_state(x.device), _layer_problems(model) as found, torch.set_grad_enabled(model.training):
         model(x)
     with torch.no_grad():
         for buffer, value in zip(model.buffers(), buffers, strict=True):
             buffer.copy_(value)
     if not found:
-        raise ValueError('The network has no CondConv layer with backend="auto" that runs on this input.')
+        raise ValueError(
+            'The network has no CondConv layer with backend="auto" that runs on this input; layers with compressed '
+            "experts do not count."
+        )
     return found
 
 
@@ -124,7 +137,8 @@ def autotune(model: nn.Module, x: Tensor, *, cache: str | Path | None = None, re
     named = layer_problems(model, x)
     times: dict[Problem, dict[str, float]] = {}
     if not dist.is_initialized() or dist.get_rank() == 0:
-        times = _measure_all([problem for _, problem in named], Path(cache or measuring.default_cache()), repeats)
+        with same_random_state(x.device):
+            times = _measure_all([problem for _, problem in named], Path(cache or measuring.default_cache()), repeats)
     if dist.is_initialized():
         answer = [[times.get(problem) for _, problem in named]]
         dist.broadcast_object_list(answer, src=0)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from condconv.ops.registry import BACKENDS, Backend
-from condconv.ops.spec import Problem
+from condconv.ops.spec import Problem, without_autocast
 
 SKIP_SLOWER_THAN = 4.0
 """A candidate whose first run takes this many times the best so far is not timed further."""
@@ -42,12 +42,21 @@ def default_cache() -> Path:
 
 
 def environment(device: str) -> str:
-    """What a measurement holds for: versions, the device and its threads."""
+    """What a measurement holds for: versions, the model of GPU or processor and its threads."""
     if device == "cuda":
         name = torch.cuda.get_device_name()
     else:
-        name = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+        name = f"{_processor()}, {torch.get_num_threads()} threads"
     return f"torch {torch.__version__}, {name}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, "") or platform.processor() or platform.machine()
 
 
 def candidates(problem: Problem) -> list[Backend]:
@@ -81,9 +90,10 @@ def _workload(backend: Backend, problem: Problem) -> Callable[[], object]:
     grad_y = grad_y.contiguous(memory_format=format_)
 
     def run() -> None:
-        backend.forward(x, routing, weight, problem.spec, 0)
-        if problem.training:
-            backend.backward(grad_y, x, routing, weight, problem.spec, (True, True, True), 0)
+        with without_autocast(x.device):  # as in the operator
+            backend.forward(x, routing, weight, problem.spec, 0)
+            if problem.training:
+                backend.backward(grad_y, x, routing, weight, problem.spec, (True, True, True), 0)
 
     return run
 

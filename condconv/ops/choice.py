@@ -92,4 +92,4 @@ def recording() -> Iterator[list[Problem]]:
     try:
         yield problems
     finally:
-        _recorders.remove(problems)
+        _recorders[:] = [recorder for recorder in _recorders if recorder is not problems]  # equal ones may be open

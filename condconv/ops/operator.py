@@ -87,6 +87,23 @@ def is_unobserved(*tensors: Tensor) -> bool:
         return False
 
 
+def needs_plain_torch(*tensors: Tensor) -> bool:
+    """Whether a derivative is taken here that the operator does not have: forward mode, or grad and jvp of torch.func.
+
+    The operator would give such a derivative without a word as zero. Where the derivative itself is compiled nobody can ask.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    try:
+        stack = torch._C._functorch.get_interpreter_stack()
+        types = torch._C._functorch.TransformType
+        if stack and any(interpreter.key() in (types.Grad, types.Jvp) for interpreter in stack):
+            return True
+    except AttributeError:  # private names, which a later torch may give up
+        pass
+    return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
 @conv2d.register_fake
 def _(
     x_NCHW: Tensor,

@@ -166,10 +166,11 @@ def convolution_gradient(
 
 def is_channels_last(x_NCHW: Tensor) -> bool:
     """Whether the tensor is laid out as NHWC; 1x1 maps and single channels are told apart by their strides."""
-    return bool(
-        x_NCHW.is_contiguous(memory_format=torch.channels_last)
-        and not (x_NCHW.is_contiguous() and x_NCHW.stride(3) == 1)
-    )
+    try:
+        channels_last = x_NCHW.is_contiguous(memory_format=torch.channels_last)
+    except RuntimeError:  # inside torch.func.vmap nobody can ask
+        return False
+    return bool(channels_last and not (x_NCHW.is_contiguous() and x_NCHW.stride(3) == 1))
 
 
 def memory_format_of(x_NCHW: Tensor) -> torch.memory_format:

@@ -77,6 +77,15 @@ def test_the_top_experts_suffice_and_sums_are_kept_if_wanted(network: nn.Module)
     torch.testing.assert_close(kept, cut * 1.6 / 1.4)
 
 
+def test_networks_that_are_compiled_already_are_changed_too(network: nn.Module) -> None:
+    """Dynamo does not look for hooks again: without them every change would look harmless."""
+    expected = evaluate(network, Ablation(SHUFFLED), Ablation(MEAN))
+    network.compile(backend="eager")
+    with torch.no_grad():
+        network(torch.eye(4)[LABELS])
+    assert evaluate(network, Ablation(SHUFFLED), Ablation(MEAN)) == expected
+
+
 def test_changes_of_one_layer_leave_the_others_alone(network: nn.Module) -> None:
     assert evaluate(network, Ablation(SHUFFLED, layer="elsewhere"))[1].accuracy == 1
     assert evaluate(network, Ablation(SHUFFLED, layer="0"))[1].accuracy == 1 / 8

@@ -8,7 +8,7 @@ import torch
 from numerics import assert_close
 from torch import nn
 
-from condconv import CondConv2d, list_backends
+from condconv import CondConv2d, compress_experts, list_backends
 from condconv.checkpoints import count_experts, from_timm, has_experts, is_timm_condconv, load_complete, to_timm
 from models import create_model
 
@@ -110,3 +110,18 @@ def test_another_number_of_experts_does_not_load() -> None:
 def test_networks_that_timm_cannot_have_are_refused(options: dict, reason: str) -> None:
     with pytest.raises(ValueError, match=f"has no counterpart in timm: .*{reason}"):
         to_timm(create_model("efficientnet_b0", 5, **{"experts": 2, **options}))
+
+
+@pytest.mark.parametrize("expert_dtype", ["int8", "bf16"])
+def test_compressed_networks_take_plain_weights_and_are_not_timms(expert_dtype: str) -> None:
+    plain = nn.Sequential(CondConv2d(4, 6, 1, num_experts=2, router=None))
+    network = compress_experts(nn.Sequential(CondConv2d(4, 6, 1, num_experts=2, router=None)), expert_dtype)
+    load_complete(network, plain.state_dict())
+    assert torch.equal(network[0].dequantized(), compress_experts(plain, expert_dtype)[0].dequantized())
+    state = dict(network.state_dict())
+    load_complete(network, state)
+    if expert_dtype == "int8":
+        with pytest.raises(ValueError, match=r"1 missing: 0\.scale"):
+            load_complete(network, {name: value for name, value in state.items() if name != "0.scale"})
+    with pytest.raises(ValueError, match="the experts of 0 are compressed"):
+        to_timm(network)

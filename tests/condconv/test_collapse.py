@@ -38,6 +38,14 @@ def test_constant_routing_collapses_exactly(routing: str) -> None:
     assert_close(net(X), expected, routing)
 
 
+def test_a_layer_with_two_names_is_replaced_under_both() -> None:
+    layer = CondConv2d(4, 4, 3, padding=1, num_experts=3)
+    net, x = nn.Sequential(layer, nn.ReLU(), layer), torch.randn(2, 4, 6, 6)
+    collapse(net, torch.tensor([0.2, 0.5, 0.3]))
+    assert type(net[0]) is nn.Conv2d and net[2] is net[0]
+    assert net(x).shape == (2, 4, 6, 6)
+
+
 def test_the_cost_is_the_change_of_the_kernels() -> None:
     layer = CondConv2d(3, 4, 3, num_experts=5)
     nn.init.normal_(layer.router.fc.weight, 0, 20)

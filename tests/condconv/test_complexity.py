@@ -89,6 +89,39 @@ def test_a_layer_used_twice_costs_twice_and_has_its_parameters_once() -> None:
     assert (result.params, result.madds) == (16, 32)
 
 
+def test_positions_in_the_batch_count_too() -> None:
+    """Windows, tokens and crops that a network folds into the batch, as Swin does."""
+
+    class Folded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.static, self.cond = nn.Linear(8, 8), CondLinear(8, 8, bias=False, num_experts=EXPERTS)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            tokens = x.flatten(2).transpose(1, 2).reshape(-1, x.shape[1])
+            return self.cond(self.static(tokens))
+
+    static, cond, router = complexity(Folded(), (8, 4, 4)).layers
+    assert static.madds == cond.static_madds == 16 * 64
+    assert (cond.madds, router.madds) == (16 * (64 + EXPERTS * 64), 16 * 8 * EXPERTS), "each is an example of its own"
+
+
+def test_what_a_network_keeps_of_a_run_is_its_own() -> None:
+    class Cached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.grid = nn.Conv2d(3, 4, 1), None
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.grid is None:
+                self.grid = torch.ones(x.shape[2:], device=x.device)
+            return self.conv(x) * self.grid
+
+    net = Cached()
+    assert complexity(net, 8).madds == 12 * 64 and net.grid is None
+    assert net(torch.randn(1, 3, 8, 8)).shape == (1, 4, 8, 8)
+
+
 def test_the_network_is_left_as_it_was() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5)).train()
     net[2].eval()

@@ -191,6 +191,8 @@ def test_gradients_are_refused() -> None:
     assert not layer(x).requires_grad
     with pytest.raises(RuntimeError, match="no gradients"):
         layer(x.requires_grad_())
+    with pytest.raises(RuntimeError, match="no gradients"):  # the operator's would be zero
+        torch.func.jvp(layer, (x.detach(),), (torch.ones_like(x),))
     with pytest.raises(RuntimeError, match="before compress_experts"):
         layer.reset_parameters()
 

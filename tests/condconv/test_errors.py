@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import condconv
-from condconv import CondConv2d, CondLinear, build_router, cond_linear, condconv2d, list_backends
+from condconv import CondConv2d, CondLinear, build_router, compress_experts, cond_linear, condconv2d, list_backends
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
@@ -157,6 +157,23 @@ def test_wrong_arguments_of_the_linear_function(mistake: str) -> None:
     assert cond_linear(**call).shape == (2, 6)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=re.escape(message)):
         cond_linear(**(call | changes))
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_linear_layer_names_an_input_without_examples(compressed: bool) -> None:
+    layer = CondLinear(4, 6, num_experts=2).requires_grad_(False)
+    layer = compress_experts(layer) if compressed else layer
+    with pytest.raises(ValueError, match=re.escape("x must be [N, ..., C], got 1 dimensions (4,)")):
+        layer(torch.randn(4))
+
+
+def test_double_precision_is_not_told_to_use_autocast_inside_it() -> None:
+    layer, x = CondLinear(4, 6, num_experts=2), torch.randn(2, 4, dtype=torch.float64)
+    routing = torch.rand(2, 2)
+    with pytest.raises(ValueError, match=r"convert one, or use torch\.autocast"):
+        layer(x, routing)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"convert one\.$"):
+        layer(x, routing)
 
 
 LAYER: dict[str, tuple[dict[str, Any], str]] = {

@@ -70,6 +70,14 @@ def test_a_network_is_copied_and_its_batch_stays_free(form: str, routing: str) -
         assert_close(exported.module()(x), net(x), f"exported, batch {batch}")
 
 
+def test_a_layer_with_two_names_is_replaced_under_both() -> None:
+    layer = CondConv2d(4, 4, 3, padding=1, num_experts=3)
+    net, x = torch.nn.Sequential(layer, torch.nn.ReLU(), layer).eval(), torch.randn(2, 4, 6, 6)
+    plain = export_form(net)
+    assert plain[2] is plain[0] and not isinstance(plain[0], CondConv2d)
+    assert_close(plain(x), net(x), "twice")
+
+
 def test_unknown_forms_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown export form 'grouped': choose one of mixture, matmul"):
         export_form(SmallNet(), "grouped")

@@ -14,7 +14,8 @@ from torch import nn
 import condconv
 from condconv import CondConv2d, CondLinear
 from condconv.ops import autotune as measuring
-from condconv.ops.choice import choose, forget, rule
+from condconv.ops.autotune import Measurement
+from condconv.ops.choice import choose, forget, recording, rule
 from condconv.ops.registry import BACKENDS
 from condconv.ops.spec import ConvSpec, Problem
 
@@ -141,9 +142,56 @@ def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
 
 def test_the_measured_backend_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     layer, x = CondConv2d(4, 4, 3, num_experts=2), torch.randn(2, 4, 6, 6)
-    expected = layer(x)
+    expected, ran = layer(x), []
+    by_rule = condconv.explain(layer, x).layers[0].backend
+    other = next(name for name in ("grouped", "mixture", "gemm") if name != by_rule)
+    for name, backend in BACKENDS.items():
+        spy = lambda *args, name=name, forward=backend.forward: (ran.append(name), forward(*args))[1]  # noqa: E731
+        monkeypatch.setitem(BACKENDS, name, backend._replace(forward=spy))
+    monkeypatch.setattr(measuring, "measure", lambda problem, repeats: Measurement(problem, {other: 1.0, by_rule: 2.0}))
     condconv.autotune(layer, x, cache=tmp_path / "cache.json", repeats=1)
-    assert torch.allclose(layer(x), expected, atol=1e-6)
+    ran.clear()
+    assert torch.allclose(layer(x), expected, atol=1e-6) and ran == [other]
+
+
+def test_the_random_stream_does_not_know_of_measurements(tmp_path: Path) -> None:
+    """Else a training would depend on whether the cache was warm."""
+    layers, x = nn.Sequential(nn.Dropout(0.5), *net()), torch.randn(2, 3, 5, 5)
+    state = torch.get_rng_state()
+    condconv.explain(layers, x)
+    condconv.autotune(layers, x, cache=tmp_path / "cache.json", repeats=1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_measurements_run_without_autocast_as_the_operator_does() -> None:
+    seen: list[bool] = []
+    spied = BACKENDS["gemm"]._replace(forward=lambda *args: seen.append(torch.is_autocast_enabled("cpu")))
+    with torch.autocast("cpu", torch.bfloat16):
+        measuring._workload(spied, problem(training=False))()
+    assert seen == [False]
+
+
+def test_networks_that_are_compiled_already_are_explained() -> None:
+    layers, x = net(), torch.randn(2, 3, 5, 5)
+    expected = [choice.layer for choice in condconv.explain(layers, x).layers]
+    layers.compile(backend="eager")
+    layers(x)
+    assert [choice.layer for choice in condconv.explain(layers, x).layers] == expected
+
+
+def test_compressed_layers_are_not_explained() -> None:
+    layers = net().eval()
+    condconv.compress_experts(layers)
+    with pytest.raises(ValueError, match="compressed"), torch.no_grad():
+        condconv.explain(layers, torch.randn(2, 3, 5, 5))
+
+
+def test_recordings_may_overlap() -> None:
+    with recording() as outer:
+        with recording():
+            pass
+        CondConv2d(4, 4, 3, num_experts=2)(torch.randn(2, 4, 6, 6))
+    assert len(outer) == 1
 
 
 def test_debug_mode_names_examples_with_routing_that_is_not_finite() -> None:

@@ -14,6 +14,7 @@ from oracle import CPU_BACKENDS, Case, case_for, leaves
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.func import grad, jacfwd, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -226,8 +227,45 @@ def test_the_operator_is_left_out_only_where_nobody_looks(monkeypatch: pytest.Mo
     assert "condconv.conv2d" in traced.code
     meta = [t.to("meta") for t in (x, routing, weight)]
     assert by(*meta) == "conv2d"
-    monkeypatch.delattr(forward_ad, "_current_level")  # private: a later torch may not have it
+    for name in ("peek_interpreter_stack", "get_interpreter_stack"):  # private: a later torch may not have them
+        monkeypatch.delattr(torch._C._functorch, name)
     assert by(x, routing, weight) == "conv2d"
+
+
+def test_derivatives_that_the_operator_does_not_have() -> None:
+    """The reference is taken for them by "auto"; a backend by name says so instead of giving zeros."""
+    x, routing, weight, _ = (t.double() for t in TINY["dense"].tensors())
+    tangents = [torch.randn_like(t) for t in (x, routing, weight)]
+
+    def call(backend: str) -> Any:
+        return lambda *tensors: condconv2d(*tensors, backend=backend)
+
+    def derivatives(run: Any) -> list[Tensor]:
+        def value(*tensors: Tensor) -> Tensor:
+            return run(*tensors).square().sum()
+
+        inputs = (x, routing, weight)
+        results = [*jvp(run, inputs, tuple(tangents)), *grad(value, argnums=(0, 1, 2))(*inputs)]
+        results.append(jacfwd(lambda r: run(x, r, weight))(routing))
+        per_example = vmap(grad(lambda w, one, r: value(one[None], r[None], w)), (None, 0, 0))
+        results.append(per_example(weight, x, routing))
+        results.append(vmap(lambda one, r: run(one[None], r[None], weight))(x, routing))
+        with forward_ad.dual_level():
+            dual = run(x, forward_ad.make_dual(routing, tangents[1]), weight)
+            results.append(forward_ad.unpack_dual(dual).tangent)
+        return results
+
+    for plain, automatic in zip(derivatives(call("reference")), derivatives(call("auto")), strict=True):
+        assert float(plain.abs().max()) > 0.1
+        torch.testing.assert_close(automatic, plain)
+    for wrong in (
+        lambda: jvp(call("gemm"), (x, routing, weight), tuple(tangents)),
+        lambda: grad(lambda x: call("gemm")(x, routing, weight).sum())(x),
+    ):
+        with pytest.raises(RuntimeError, match="backend='gemm' has gradients by backward"):
+            wrong()
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
+        call("gemm")(forward_ad.make_dual(x, tangents[0]), routing, weight)
 
 
 class Recorder(TorchDispatchMode):
