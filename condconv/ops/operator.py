@@ -90,7 +90,8 @@ def is_unobserved(*tensors: Tensor) -> bool:
 def needs_plain_torch(*tensors: Tensor) -> bool:
     """Whether a derivative is taken here that the operator does not have: forward mode, or grad and jvp of torch.func.
 
-    The operator would give such a derivative without a word as zero. Where the derivative itself is compiled nobody can ask.
+    The operator would give such a derivative without a word as zero. While the derivative itself is compiled nobody
+    can ask.
     """
     if torch.compiler.is_compiling():
         return False
