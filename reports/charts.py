@@ -220,5 +220,5 @@ def _cost(comparison: Comparison, key: str, title: str, words: str) -> Chart | N
         picture.add(rectangle, i, i, tip, left, top, round(width, 1))
         picture.text(x(value.mean) + 5, y(place) + 4, text, "tick")
         numbers.append([row.label, text])
-    caption = f"{title}: {words}, mean over seeds; in brackets times {comparison.baseline}."
+    caption = f"{title}: {words}, mean over seeds; in brackets times {comparison.baseline}, over the seeds of both."
     return Chart(key.replace("_", "-"), title, caption, picture.svg(), ["group", words], numbers[::-1])

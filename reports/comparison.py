@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from reports.groups import Group, identity, make_groups, name_groups, show, twin_identity
@@ -57,7 +58,7 @@ class Metric:
 
 @dataclass
 class Row:
-    """A group's numbers; figures are scaled (percent), ratios are over the baseline's mean."""
+    """A group's numbers; figures are scaled (percent)."""
 
     group: Group
     value: Spread
@@ -79,11 +80,18 @@ class Row:
         return self.group.label
 
     def ratio(self, key: str) -> float | None:
-        """This group's mean over its baseline's; None for the baseline itself or where either is missing."""
+        """What this group costs in times its baseline; None for the baseline itself or where either is missing.
+
+        Over the seeds that both have, if there are any: seeds may have run on different machines.
+        """
         if self.baseline is None:
             return None
-        ours, other = _mean(getattr(self, key)), _mean(getattr(self.baseline, key))
-        return ours / other if ours is not None and other else None
+        ours, other = _by_seed(self.group.runs, COSTS[key]), _by_seed(self.baseline.group.runs, COSTS[key])
+        if common := ours.keys() & other.keys():
+            ours, other = ({seed: values[seed] for seed in common} for values in (ours, other))
+        if not ours or not any(other.values()):
+            return None
+        return statistics.fmean(ours.values()) / statistics.fmean(other.values())
 
 
 @dataclass
@@ -160,16 +168,16 @@ def _row(group: Group, metric: Metric, train: Metric, best: Metric) -> Row:
     runs = group.runs
     value = _spread(runs, lambda run: metric.scaled(run.figures[metric.name]))
     assert value is not None  # a group has a run, and every run of it the figure
-    params, madds = (_spread(runs, lambda run, k=key: run.number(f"model.{k}")) for key in ("params", "madds"))
+    costs = {key: _spread(runs, value) for key, value in COSTS.items()}
     return Row(
         group,
         value,
-        params=_mean(params),
-        madds=_mean(madds),
-        images_per_second=_spread(runs, lambda run: run.number("images_per_second")),
-        seconds_per_epoch=_spread(runs, seconds_per_epoch),
-        cpu_seconds_per_epoch=_spread(runs, lambda run: seconds_per_epoch(run, "cpu_seconds")),
-        peak_memory_mb=_spread(runs, lambda run: run.number("peak_memory_mb")),
+        params=_mean(costs["params"]),
+        madds=_mean(costs["madds"]),
+        images_per_second=costs["images_per_second"],
+        seconds_per_epoch=costs["seconds_per_epoch"],
+        cpu_seconds_per_epoch=costs["cpu_seconds_per_epoch"],
+        peak_memory_mb=costs["peak_memory_mb"],
         train=_spread(runs, lambda run: _scaled(train, run.figures.get(train.name))),
         best=_spread(runs, lambda run: _scaled(best, run.best.get(best.name))),
         cautions=_cautions(runs),
@@ -184,6 +192,20 @@ def seconds_per_epoch(run: Run, key: str = "seconds") -> float | None:
     """Wall or CPU time of the training over its epochs, validation included."""
     seconds, epochs = run.number(key), run.number("epochs")
     return seconds / epochs if seconds is not None and epochs else None
+
+
+COSTS: Mapping[str, Callable[[Run], float | None]] = {
+    "params": lambda run: run.number("model.params"),
+    "madds": lambda run: run.number("model.madds"),
+    "images_per_second": lambda run: run.number("images_per_second"),
+    "seconds_per_epoch": seconds_per_epoch,
+    "cpu_seconds_per_epoch": lambda run: seconds_per_epoch(run, "cpu_seconds"),
+    "peak_memory_mb": lambda run: run.number("peak_memory_mb"),
+}
+
+
+def _by_seed(runs: Sequence[Run], value: Callable[[Run], float | None]) -> dict[str, float]:
+    return {show(run.seed): found for run in runs if (found := value(run)) is not None}
 
 
 def _spread(runs: Sequence[Run], value: Callable[[Run], float | None]) -> Spread | None:

@@ -14,6 +14,14 @@ from reports.comparison import Comparison, Row
 TABLE = Path(__file__).with_name("published.yaml")
 NOT_RUN = "not run"
 TITLES = {"imagenet": "ImageNet, top-1 (%)", "coco": "COCO minival, mAP (%)", "cifar10": "CIFAR-10, top-1 (%)"}
+# By class and name of the data module: the same classes read other data sets too.
+MODULES = {
+    ("ImageNetDataModule", None): "imagenet",
+    ("CocoDataModule", None): "coco",
+    ("TorchvisionDataModule", "cifar10"): "cifar10",
+}
+# Settings that leave out a part of the images.
+PARTS = ("max_train", "max_val", "max_train_per_class", "max_val_per_class", "holdout")
 LEAVES = {"imagenet": ("top1",), "coco": ("AP", "mAP"), "cifar10": ("top1",)}
 
 
@@ -83,12 +91,10 @@ def _width(row: Row) -> float:
 
 
 def _data(row: Row) -> str:
-    """Which data set a group was trained on, by the class of its data module; "" for none of the table."""
+    """Which data set a group was trained and tested on, all of it; "" for none of the table."""
     settings = row.group.settings
-    target = str(settings.get("data._target_", "")).lower()
     limited = any(settings.get(f"trainer.limit_{split}_batches") not in (None, 1.0) for split in ("train", "test"))
-    if limited or any(value is not None for key, value in settings.items() if key.startswith("data.max_")):
+    if limited or any(settings.get(f"data.{key}") is not None for key in PARTS):
         return ""
-    if "cifar100" in target:
-        return ""
-    return next((name for name in ("imagenet", "cifar10", "coco") if name in target), "")
+    module = str(settings.get("data._target_", "")).rpartition(".")[2]
+    return MODULES.get((module, settings.get("data.dataset", settings.get("data.name"))), "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 from run_folders import write_run, write_sweep
 
 from reports.comparison import Comparison, compare
@@ -160,3 +161,16 @@ def test_other_commits_in_one_mean_are_said(tmp_path: Path) -> None:
     write_run(tmp_path, 0, 1, commit="aaa")
     write_run(tmp_path, 0, 2, commit="bbb")
     assert compared(tmp_path).rows[0].cautions == ["runs of 2 commits (aaa, bbb)"]
+
+
+def test_costs_are_paired_by_seed(tmp_path: Path) -> None:
+    """Seeds that ran on a slower machine must not make the group that has them look slow."""
+    for seed, speed in ((1, 1.0), (2, 2.0)):
+        write_run(tmp_path, 0, seed, cpu_seconds=80.0 * speed)
+        write_run(tmp_path, 8, seed, cpu_seconds=120.0 * speed)
+    write_run(tmp_path, 4, 1, cpu_seconds=100.0)
+    write_run(tmp_path, 2, 3, cpu_seconds=60.0)
+    rows = {row.group.experts: row for row in compare([read_run(folder) for folder in sorted(tmp_path.iterdir())]).rows}
+    ratios = {experts: row.ratio("cpu_seconds_per_epoch") for experts, row in rows.items()}
+    assert ratios == {0: None, 2: pytest.approx(0.5), 4: pytest.approx(1.25), 8: pytest.approx(1.5)}
+    assert rows[4].ratio("params") == 5
