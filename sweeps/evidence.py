@@ -50,6 +50,13 @@ def keep_runs(evidence: Evidence) -> int:
     return count
 
 
+def is_kept(evidence: Evidence, study: str, name: str) -> bool:
+    """Whether `keep=` holds a job that a start would copy."""
+    if evidence.keep is None or (evidence.runs / study / name).exists():
+        return False
+    return (read_result(evidence.keep / study / name) or {}).get("status") == "finished"
+
+
 def planned(evidence: Evidence) -> list[tuple[str, str, str]]:
     """(study, job, how it stands) of everything, as the sweeps list it, several of them at a time.
 
@@ -64,7 +71,7 @@ def planned(evidence: Evidence) -> list[tuple[str, str, str]]:
         if done.returncode:
             raise UserError(f"{study}: {done.stderr.strip().removeprefix('error: ') or done.stdout.strip()}")
         lines = [line.split()[:2] for line in done.stdout.splitlines() if " python train.py " in line]
-        return [(study, name, state) for name, state in lines]
+        return [(study, name, "finished" if is_kept(evidence, study, name) else state) for name, state in lines]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(chain.from_iterable(pool.map(listed, evidence.steps())))
@@ -103,6 +110,7 @@ def show_plan(evidence: Evidence, jobs: Sequence[tuple[str, str, str]]) -> None:
 def run(evidence: Evidence) -> int:
     """Run all steps; returns the exit code. A failed job does not end the others."""
     code = 0
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as the committed runs, whose CPU times compare
     for study, seeds in evidence.steps():
         if study == "upcycled":
             seeds = with_static_network(evidence, seeds)

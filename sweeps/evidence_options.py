@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import sys
@@ -151,5 +150,6 @@ def _known(key: str, value: str, choices: list[str]) -> None:
 
 
 def _slots() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 1 if shutil.which("nvidia-smi") else cores
+    import joblib
+
+    return 1 if shutil.which("nvidia-smi") else joblib.cpu_count()  # of those that this process may use

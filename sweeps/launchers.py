@@ -60,7 +60,7 @@ class Joblib(InTurn):
             places.put(place)
         num_gpus = torch.cuda.device_count()
         share_gpus = num_gpus > 1 if self.gpus is None else self.gpus and num_gpus > 0
-        threads = str(max(1, (os.cpu_count() or 1) // self.slots))
+        threads = str(max(1, joblib.cpu_count() // self.slots))
 
         def run_one(run: JobRun) -> None:
             place = places.get()

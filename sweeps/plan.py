@@ -101,6 +101,14 @@ def make_plan(
     return Plan(tuple(fixed), tuple(Job(n, job) for n, job in zip(unique_names(jobs), jobs, strict=True)))
 
 
+def varied(plan: Plan) -> set[str]:
+    """The keys that have more than one value among the jobs."""
+    values: dict[str, set[str]] = {}
+    for override in (override for job in plan.jobs for override in job.overrides):
+        values.setdefault(key_of(override), set()).add(override)
+    return {key for key, found in values.items() if len(found) > 1}
+
+
 def select(plan: Plan, patterns: str | Sequence[str] | None) -> Plan:
     """The plan with only the jobs whose name matches one of the patterns (`*` for any letters); all of them with None.
 

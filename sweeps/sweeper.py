@@ -26,7 +26,7 @@ from sweeps.display import Display
 from sweeps.jobs import JobRun, quoted, state_on_disk
 from sweeps.launchers import InProcess, InTurn, make_launcher
 from sweeps.names import short_hash
-from sweeps.plan import HARMLESS, Job, Plan, belongs_to_sweep, key_of, make_plan, select
+from sweeps.plan import HARMLESS, Job, Plan, belongs_to_sweep, key_of, make_plan, select, varied
 
 SWEEP_FILE = "sweep.json"
 LOCK_FILE = ".sweep.lock"
@@ -201,12 +201,17 @@ class GridSweep(Sweep):
 
     def plan(self, arguments: Sequence[str]) -> Plan:
         """The jobs, with what the generator found if there is one; those that `only` names."""
-        options = {"params": self.params, "unless_given": self.unless_given, "static_twin": self.static_twin}
+        options = {"params": self.params, "unless_given": self.unless_given}
         variants = self.variants
         if self.generator is not None:
             first = make_plan(arguments, **options)
+            if several := varied(first) - {"seed"}:
+                raise UserError(
+                    f"{', '.join(sorted(several))}: this sweep computes its jobs for one value. Start it once for each."
+                )
             variants = find_generator(self.generator)(self.compose(first.command_line(first.jobs[-1])))
-        plan = make_plan(arguments, variants=variants, keep_variants=self.keep_variants, **options)
+        options |= {"variants": variants, "keep_variants": self.keep_variants, "static_twin": self.static_twin}
+        plan = make_plan(arguments, **options)
         return select(plan, self.only)
 
     def skip(self, run: JobRun) -> bool:
@@ -252,6 +257,12 @@ def save_plan(folder: Path, plan: Plan) -> None:
         raise UserError(
             f"{folder} holds a sweep with other settings (there: {' '.join(there) or 'none'}; here: "
             f"{' '.join(here) or 'none'}): its jobs would be taken for these. Choose another sweep_dir="
+        )
+    if other := sorted(name for name in jobs.keys() & held.keys() if sorted(jobs[name]) != sorted(held[name])):
+        there, here = (" ".join(sorted(of[other[0]])) for of in (held, jobs))
+        raise UserError(
+            f"{folder} holds another job of the name {other[0]} (there: {there}; here: {here}): its result would be "
+            "taken for this one's. Choose another sweep_dir="
         )
     text = {"started": started, "command": list(sys.argv), "fixed": fixed, "jobs": {**held, **jobs}, **code_version()}
     unfinished = path.with_suffix(".json.tmp")

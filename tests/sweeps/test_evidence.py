@@ -11,7 +11,7 @@ from PIL import Image
 
 from configs.messages import UserError
 from configs.results import write_result
-from sweeps.evidence import keep_runs, main, minutes, with_static_network
+from sweeps.evidence import is_kept, keep_runs, main, minutes, with_static_network
 from sweeps.evidence_options import PROTOCOLS, STUDIES, parse
 
 
@@ -86,6 +86,8 @@ def test_collected_runs_count_as_done(data: Path, tmp_path: Path) -> None:
     write_result(tmp_path / "runs" / "experts" / "experts-0_seed-1", {"status": "running", "name": "own"})
     write_result(kept / "experts" / "experts-0_seed-1", {"status": "finished", "name": "kept"})
     evidence = parse([f"data.root={data}", f"runs={tmp_path / 'runs'}", f"keep={kept}"])
+    told = [is_kept(evidence, "experts", f"experts-{n}_seed-1") for n in (8, 0, 4)]
+    assert told == [True, False, False], "a plan knows what would be copied"
     assert keep_runs(evidence) == 1 and keep_runs(evidence) == 0
     own = json.loads((tmp_path / "runs" / "experts" / "experts-0_seed-1" / "result.json").read_text())
     assert own["name"] == "own", "what is there is left alone"

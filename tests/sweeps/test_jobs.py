@@ -161,7 +161,7 @@ def test_jobs_end_with_a_killed_sweep(script: Path) -> None:
 
 def test_joblib_jobs_do_not_fight_over_cores(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr("joblib.cpu_count", lambda: 6)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     runs = [job(script, "works", f"works-{i}") for i in range(2)]
     Joblib(n_jobs=2).launch(runs)

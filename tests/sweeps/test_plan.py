@@ -8,7 +8,7 @@ import pytest
 
 from configs.messages import UserError
 from sweeps.names import LONGEST, job_name, unique_names
-from sweeps.plan import make_plan, select
+from sweeps.plan import make_plan, select, varied
 
 SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]*")
 
@@ -70,6 +70,11 @@ def test_what_belongs_to_the_sweep_is_not_passed_on() -> None:
     own = ["sweep=experts", "sweep_dir=/x", "retry_failed=true", "launcher=joblib", "hydra.sweeper.launcher.n_jobs=3"]
     plan = make_plan([*own, "seed=1,2"])
     assert plan.fixed == () and [job.overrides for job in plan.jobs] == [("seed=1",), ("seed=2",)]
+
+
+def test_what_varies() -> None:
+    plan = make_plan(["condconv.experts=0,8", "seed=1,2", "model=resnet18"], variants=[["data=digits"]])
+    assert varied(plan) == {"condconv.experts", "seed"}
 
 
 def test_jobs_by_name() -> None:

@@ -185,6 +185,14 @@ def test_started_again(commands: Commands) -> None:
         "experts-1",
         "experts-2",
     ]
+    # Names keep the last part of a key: a job of the same name with another override is refused.
+    same_name = ["+optim.optimizer.lr_factor_by_role.expert=0.5", "+optim.optimizer.decay_by_role.expert=0.5"]
+    rest = [o for o in grown if not o.startswith("condconv")]
+    for number, override in enumerate(same_name):
+        variants = f"hydra.sweeper.variants=[['condconv.experts=1','{override}']]"
+        options = ["hydra.sweeper.keep_variants=true", "trainer.limit_train_batches=1", "sweep_dir=other"]
+        code, _, err = commands.train(*rest, variants, *options)
+        assert code == number and ("holds another job of the name" in err) == bool(number), err
     # With other settings the folder is refused: its finished jobs are other trainings.
     code, _, err = commands.train(*grown, f"sweep_dir={folder}", "optim=sgd")
     assert code == 1 and "other settings" in err and "optim=sgd" in err and "sweep_dir=" in err
@@ -197,8 +205,10 @@ def test_mistakes_stop_the_sweep_before_its_first_job(commands: Commands) -> Non
         ("launcher=slurm", "There is no launcher=slurm"),
         ("optim.lr=interval(0,1)", "an interval has no list of values"),
         ("hydra/launcher=submitit", "hydra/launcher"),
+        ("sweep=iso condconv.experts=4,8", "condconv.experts: this sweep computes its jobs for one value"),
+        ("sweep=depth model.width=0.25,0.5", "model.width: this sweep computes its jobs for one value"),
     ):
-        code, _, err = commands.train("-m", *TINY, wrong)
+        code, _, err = commands.train("-m", *TINY, *wrong.split())
         assert code == 1 and message in err, (wrong, err)
         assert "Traceback" not in err
     assert not list(commands.outputs.rglob("result.json"))
