@@ -114,6 +114,9 @@ def summary(found: Findings) -> list[str]:
 
 def _ablation_lines(found: Findings) -> list[str]:
     lines: list[str] = []
+    undisturbed = next((r for r in found.ablations if r.ablation is None), None)
+    if undisturbed is None:
+        return lines
     whole = [r for r in found.ablations if r.ablation is not None and r.ablation.layer is None]
     for kinds in ((SHUFFLED, MEAN), (TOP,)):
         parts = [
@@ -122,7 +125,10 @@ def _ablation_lines(found: Findings) -> list[str]:
             if result.ablation is not None and result.ablation.kind in kinds
         ]
         if parts:
-            lines.append(f"In all layers at once, points of top-1 with 95 % intervals: {'; '.join(parts)}.")
+            lines.append(
+                f"On {whole[0].num_examples} images, in all layers at once, points of top-1 with 95 % intervals "
+                f"(undisturbed: {100 * undisturbed.accuracy:.2f} %): {'; '.join(parts)}."
+            )
     removed = [r for r in found.ablations if r.ablation is not None and r.ablation.kind == REMOVED]
     if removed:
         worst = min(removed, key=lambda result: result.difference)
