@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from condconv import compress_experts
 from condconv.complexity import complexity
-from configs.checks import check_classes, check_eval
+from configs.checks import check_classes, check_eval, check_writable
 from configs.messages import run_as_command, run_job
 from configs.resolvers import register_resolvers
 from configs.runs import adopt_normalization, analysis_folder, choose_data, load_checkpoint, plain
@@ -53,6 +53,8 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     module = task(net, num_classes)
     module.check_data(datamodule)
     speed, files = EvaluationSpeed(), evaluation_files(module, cfg.out, cfg.ckpt)
+    for each in files:
+        check_writable(each.folder, "Set out=...")
     trainer = instantiate(cfg.trainer, _partial_=True)(callbacks=[speed, *files], logger=False)
     figures: dict[str, float] = {}
     for prefix, state in weights.items():

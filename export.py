@@ -47,6 +47,8 @@ def export(cfg: DictConfig) -> Path:
     weights, trained_on = open_ckpt(cfg.ckpt, cfg.average)
     if cfg.int8 and (cfg.format != "onnx" or weights.is_detector):
         raise UserError("int8=true goes with format=onnx, and with classifiers alone.")
+    if cfg.format in ("hub", "timm") and weights.is_detector:
+        raise UserError(f"format={cfg.format} is for classifiers alone: take safetensors, onnx or torch_export.")
     network, card = open_network(weights), weights.card
     assert card is not None  # or it would not have opened
     beside = Path(cfg.ckpt).expanduser()
@@ -61,6 +63,7 @@ def export(cfg: DictConfig) -> Path:
 
         HubNetwork.of(weights).save_pretrained(path)
     else:
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(to_timm(network), path)
     print(f"written: {path}")
     return path

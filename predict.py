@@ -11,7 +11,7 @@ from omegaconf import DictConfig, ListConfig
 from PIL import Image
 from torch import Tensor
 
-from configs.checks import check_complete
+from configs.checks import check_complete, check_whole
 from configs.messages import run_as_command, run_job
 from configs.resolvers import register_resolvers
 from data.decoding import UNREADABLE, read_image
@@ -62,6 +62,7 @@ def predict(cfg: DictConfig) -> list[Any]:
         ValueError, OSError: the checkpoint cannot be used, no image can be read, or the file cannot be written.
     """
     check_complete(cfg)
+    check_whole(cfg, "batch_size", 1)
     out = usable_path(cfg.out)
     weights, _ = open_ckpt(cfg.ckpt, cfg.average)
     network, card = open_network(weights), weights.card

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch import nn
 
-from configs.checks import check_train
+from configs.checks import check_monitor, check_train, without_regularization
 from configs.messages import EXIT_REQUEUE, run_as_command, run_job
 from configs.resolvers import register_resolvers
 from configs.results import RunRecord, model_size, recorded
@@ -41,6 +41,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     given = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
     if cfg.resume is not None:
         cfg = resumed_config(cfg.resume, given, cfg)
+    without_regularization(cfg)
     check_train(cfg)
     weights, checkpoint = dict[str, Any](), checkpoint_to_resume(cfg.resume)
     if checkpoint is None and cfg.pretrained is not None:
@@ -59,6 +60,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     recipe = {key: instantiate(cfg.optim[key], _convert_="all") for key in ("optimizer", "schedule")}
     module = instantiate(cfg.task, _partial_=True)(net, datamodule.num_classes, **recipe)
     module.check_data(datamodule)
+    check_monitor(cfg.callbacks, module.figure_names)
     callbacks = [c for c in instantiate(cfg.callbacks, _convert_="all").values() if c is not None]
     loggers = [logger for logger in instantiate(cfg.logger, _convert_="all").values() if logger is not None]
     record = RunRecord(Path(cfg.paths.run), cfg.name, given, model_size(net, cfg.data.image_size))

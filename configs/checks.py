@@ -9,7 +9,7 @@ import math
 import os
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from condconv.routing import ROUTINGS
 from configs.messages import UserError, did_you_mean
 
 MOST_EXPERTS = 1024
+REGULARIZERS = ("task.label_smoothing", "model.drop_rate", "model.drop_path_rate", "condconv.dropout")
+REGULARIZERS += ("condconv.expert_dropout", "optim.optimizer.weight_decay", "optim.optimizer.l2")
 SECRET = re.compile(r"api_?key|token|password|passwd|secret|credential", re.IGNORECASE)
 
 
@@ -32,7 +34,7 @@ def check_train(cfg: DictConfig) -> None:
     """
     if cfg.data.get("_target_") is None:
         raise UserError("data=as_trained is for eval.py; choose a data set: data=digits, data=imagenet data.root=...")
-    _whole(cfg, "data.batch_size_per_device", 1)
+    check_whole(cfg, "data.batch_size_per_device", 1)
     check_complete(cfg)
     check_no_secrets(cfg)
     check_condconv(cfg.condconv)
@@ -43,6 +45,34 @@ def check_train(cfg: DictConfig) -> None:
     check_seed(cfg)
     check_trainer(cfg.trainer)
     check_writable(Path(cfg.paths.run))
+
+
+def without_regularization(cfg: DictConfig) -> None:
+    """Set every regulariser that the config has to 0, where it asks for that."""
+    if cfg.regularization:
+        return
+    for key in REGULARIZERS:
+        if OmegaConf.select(cfg, key) is not None:
+            OmegaConf.update(cfg, key, 0.0)
+
+
+def check_monitor(callbacks: DictConfig, figure_names: Sequence[str]) -> None:
+    """The figure that the best checkpoint goes by is one that the evaluations have; else the first epoch ends in vain.
+
+    Raises:
+        UserError: it is not.
+    """
+    monitor = OmegaConf.select(callbacks, "checkpoint.monitor")
+    if monitor is None:
+        return
+    if callbacks.get("average") is None and str(monitor).startswith("val_ema/"):
+        instead = str(monitor).replace("val_ema/", "val/")
+        raise UserError(
+            f"callbacks.checkpoint.monitor={monitor}: without callbacks.average no averaged weights are evaluated. "
+            f"Add callbacks.checkpoint.monitor={instead}"
+        )
+    stages = ["val"] if callbacks.get("average") is None else ["val", "val_ema"]
+    check_choice("monitor", monitor, [f"{stage}/{name}" for stage in stages for name in figure_names])
 
 
 def check_eval(cfg: DictConfig) -> None:
@@ -141,13 +171,13 @@ def check_seed(cfg: DictConfig) -> None:
 def check_trainer(cfg: DictConfig) -> None:
     """Lengths, devices and the accelerator that this machine must have."""
     for key in ("accumulate_grad_batches", "num_nodes", "check_val_every_n_epoch", "log_every_n_steps"):
-        _whole(cfg, key, 1, "trainer.")
+        check_whole(cfg, key, 1, "trainer.")
     if cfg.max_steps == -1:
-        _whole(cfg, "max_epochs", 1, "trainer.")
+        check_whole(cfg, "max_epochs", 1, "trainer.")
     else:
-        _whole(cfg, "max_steps", 1, "trainer.")
+        check_whole(cfg, "max_steps", 1, "trainer.")
     check_choice("trainer.accelerator", cfg.accelerator, ["auto", "cpu", "gpu", "cuda", "mps", "tpu"])
-    _whole(cfg, "devices", 1, "trainer.")
+    check_whole(cfg, "devices", 1, "trainer.")
     gpus = torch.cuda.device_count()
     if cfg.accelerator in ("gpu", "cuda") and gpus == 0:
         raise UserError(f"trainer.accelerator={cfg.accelerator}, but torch sees no GPU here: use trainer=cpu.")
@@ -159,8 +189,8 @@ def check_trainer(cfg: DictConfig) -> None:
         )
 
 
-def check_writable(folder: Path) -> None:
-    """The run's folder can be made and written to."""
+def check_writable(folder: Path, remedy: str = "Set paths.outputs=...") -> None:
+    """The folder for results can be made and written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable-{socket.gethostname()}-{os.getpid()}"  # several processes may look at once
@@ -168,9 +198,9 @@ def check_writable(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(f"Cannot write to the output folder {folder}: {reason}. Set paths.outputs=...") from error
+        raise UserError(f"Cannot write to the output folder {folder}: {reason}. {remedy}") from error
     if not os.access(folder, os.W_OK):
-        raise UserError(f"Cannot write to the output folder {folder}. Set paths.outputs=...")
+        raise UserError(f"Cannot write to the output folder {folder}. {remedy}")
 
 
 def check_choice(key: str, value: Any, choices: list[str]) -> None:
@@ -180,7 +210,8 @@ def check_choice(key: str, value: Any, choices: list[str]) -> None:
         raise UserError(f"{key}={value}: there is no such choice. {hint}Choose one of: {', '.join(choices)}.")
 
 
-def _whole(cfg: DictConfig, key: str, smallest: int, prefix: str = "") -> None:
+def check_whole(cfg: DictConfig, key: str, smallest: int, prefix: str = "") -> None:
+    """A whole number that is not too small."""
     value = OmegaConf.select(cfg, key)
     if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
         raise UserError(f"{prefix}{key}={value}: expected a whole number of at least {smallest}.")

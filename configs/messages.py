@@ -160,7 +160,9 @@ def run_as_command(main: Callable[[], None], config_name: str) -> None:
     except Exception as error:
         if isinstance(error, OSError) and error.filename:  # not of a job: Hydra could not make the run's folder
             error = UserError(
-                f"Cannot write to the output folder {error.filename}: {error.strerror}. Set paths.outputs="
+                f"resume={error.filename} is a file: give the folder of the run, the one with config.yaml."
+                if Path(error.filename).suffix == ".ckpt"
+                else f"Cannot write to the output folder {error.filename}: {error.strerror}. Set paths.outputs="
             )
         if not getattr(error, "reported", False):
             report(error, config_name)

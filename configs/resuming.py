@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from condconv.files import versions
 from configs.messages import UserError
@@ -58,8 +59,10 @@ FROM_WEIGHTS = ("data.normalize", "model.timm_options*")
 def resumed_config(folder: str | Path, overrides: Sequence[str] = (), composed: DictConfig | None = None) -> DictConfig:
     """The saved config of a run, with the command line's changes, which are printed.
 
-    Single values (`trainer.max_epochs=30`) are changed in the saved config. If a group is chosen (`model=`,
-    `experiment=`), the whole config that the command line composes is compared with the saved one.
+    Single values (`trainer.max_epochs=30`, `callbacks.routing=null`) are changed in the saved config, and with them
+    what follows from them (`compile=true` also changes `task.compile`); `logger=` exchanges the loggers. If another
+    group is chosen (`model=`, `experiment=`), the whole config that the command line composes is compared with the
+    saved one.
 
     Raises:
         UserError: the folder is no run's folder; an override is of no value that the config has; or a change would
@@ -72,28 +75,50 @@ def resumed_config(folder: str | Path, overrides: Sequence[str] = (), composed: 
             folder.rmdir()  # Hydra has just made it
         raise UserError(f"resume={folder}: not the folder of a run (it has no {CONFIG_FILE}).")
     cfg = OmegaConf.create(yaml.safe_load(saved_file.read_text(encoding="utf-8")))
-    OmegaConf.update(cfg, "resume_force", False, force_add=True)  # runs of earlier versions have no such key
+    for key, value in (("resume_force", False), ("regularization", cfg.get("regularization", True))):
+        OmegaConf.update(cfg, key, value, force_add=True)  # runs of earlier versions have no such key
     saved = plain(cfg)
     OmegaConf.set_struct(cfg, True)
     chosen = [
         each for each in OverridesParser.create().parse_overrides(list(overrides)) if each.key_or_group != "resume"
     ]
-    groups = [each for each in chosen if isinstance(OmegaConf.select(cfg, each.key_or_group), DictConfig)]
+    loggers = [each for each in chosen if each.key_or_group == "logger"]
+    chosen = [each for each in chosen if each.key_or_group != "logger"] if composed is not None else chosen
+    groups = [
+        each
+        for each in chosen
+        if isinstance(OmegaConf.select(cfg, each.key_or_group), DictConfig) and each.value() is not None
+    ]
     # Presets (experiment=, debug=) leave nothing under their own name.
     presets = [each for each in chosen if each.key_or_group in ("experiment", "debug", "sweep")]
     if (groups or presets) and composed is not None:
         cfg = OmegaConf.create(plain(composed))
-        for key in _matching(saved, NOT_COMPARED if saved.get("pretrained") is None else NOT_COMPARED + FROM_WEIGHTS):
+        for key in _matching(saved, _not_compared(saved)):
+            if key == "resume_force":
+                continue
             OmegaConf.update(cfg, key, OmegaConf.select(OmegaConf.create(saved), key), force_add=True)
     else:
+        links = _links(saved, composed)
         for each in chosen:
-            if each.key_or_group not in _flat(saved):
-                raise UserError(f"resume={folder}: the run's config has no value {each.key_or_group}.")
-            OmegaConf.update(cfg, each.key_or_group, each.value())
+            key = each.key_or_group
+            if key not in _flat(saved) and not isinstance(OmegaConf.select(cfg, key), DictConfig):
+                raise UserError(f"resume={folder}: the run's config has no value {key}.")
+            links.pop(key, None)
+        for key, expression in links.items():
+            OmegaConf.update(cfg, key, expression)
+        for each in chosen:
+            OmegaConf.update(cfg, each.key_or_group, each.value(), merge=False)
+        cfg = OmegaConf.create(plain(cfg))
+        if loggers and composed is not None:
+            OmegaConf.update(cfg, "logger", plain(composed)["logger"], merge=False)
     _follow(cfg, saved["paths"]["run"], str(folder.absolute()))
     check_changes(saved, plain(cfg), bool(cfg.resume_force), folder)
     cfg.resume = cfg.paths.run = str(folder.absolute())
     return cfg
+
+
+def _not_compared(saved: dict[str, Any]) -> tuple[str, ...]:
+    return NOT_COMPARED if saved.get("pretrained") is None else NOT_COMPARED + FROM_WEIGHTS
 
 
 def checkpoint_to_resume(folder: str | Path | None) -> Path | None:
@@ -116,6 +141,30 @@ def checkpoint_to_resume(folder: str | Path | None) -> Path | None:
     return found
 
 
+def _links(saved: dict[str, Any], composed: DictConfig | None) -> dict[str, str]:
+    """Keys of a saved config whose value follows from others, with the expression: `task.compile` is `${compile}`.
+
+    A saved config has values only. Expressions are taken from a config of today, where they give the saved value.
+    """
+    if composed is None:
+        return {}
+    expressions = {
+        key: value
+        for key, value in _flat(OmegaConf.to_container(composed, resolve=False)).items()
+        if isinstance(value, str) and "${" in value and not _is_in(key, ("name", "paths.*", "hydra.*", "logger.*"))
+    }
+    flat, links = _flat(saved), dict[str, str]()
+    for key, expression in expressions.items():
+        probe = OmegaConf.create(saved)
+        try:
+            OmegaConf.update(probe, key, expression)
+            if key in flat and OmegaConf.select(probe, key) == flat[key]:
+                links[key] = expression
+        except OmegaConfBaseException:  # it refers to what the saved config does not have
+            continue
+    return links
+
+
 def _follow(cfg: DictConfig, old: str, new: str) -> None:
     """Paths below the run's folder follow it to where it is now."""
     for key, value in _flat(plain(cfg)).items():
@@ -130,7 +179,7 @@ def check_changes(saved: dict[str, Any], wanted: dict[str, Any], force: bool, fo
         UserError: if a difference is more than harmless, unless forced.
     """
     before, after = _flat(saved), _flat(wanted)
-    ignored = NOT_COMPARED if saved.get("pretrained") is None else NOT_COMPARED + FROM_WEIGHTS
+    ignored = _not_compared(saved)
     keys = [
         key for key in {**before, **after} if before.get(key, "") != after.get(key, "") and not _is_in(key, ignored)
     ]

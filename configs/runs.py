@@ -20,6 +20,8 @@ from configs.messages import UserError
 CONFIG_FILE = "config.yaml"
 CONFIG_KEY = "config"
 LAST = Path("checkpoints") / "last.ckpt"
+# Of the data: how images become what the network sees.
+PREPARATION = ("image_size", "normalize", "crop_fraction", "interpolation")
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -113,8 +115,17 @@ def adopt_normalization(cfg: DictConfig, normalization: str | None) -> None:
 
 
 def choose_data(given: DictConfig, saved: DictConfig) -> DictConfig:
-    """The data of the run, with the values given on the command line, or another data set altogether."""
+    """The data of the run, with the values given on the command line, or another data set altogether.
+
+    Images of another data set are prepared as the network knows them, unless the command line says otherwise.
+    """
     if given.get("_target_") is not None:
+        typed = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
+        typed_keys = {override.lstrip("+").partition("=")[0] for override in typed}
+        for key in PREPARATION:
+            if key in given and saved.get(key) not in (None, given[key]) and f"data.{key}" not in typed_keys:
+                print(f"as trained: data.{key}={saved[key]} (the data set's default is {given[key]})", flush=True)
+                given[key] = saved[key]
         return given
     changes = {key: value for key, value in given.items() if value is not None}
     unknown = [key for key in changes if key not in saved]

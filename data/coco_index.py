@@ -155,12 +155,24 @@ def read_truth(path: Path, image_ids: Iterable[int]) -> dict[str, Any]:
     """The truth about some images as the evaluator wants it: as in the file, with `area` and `iscrowd` filled in."""
     content, chosen = read_json(path), set(image_ids)
     annotations = [
-        {**a, "iscrowd": int(a.get("iscrowd", 0)), "area": a.get("area", a["bbox"][2] * a["bbox"][3])}
-        for a in content["annotations"]
-        if a["image_id"] in chosen and _is_box(a["bbox"])
+        _with_numbers(annotation)
+        for annotation in content["annotations"]
+        if int(annotation["image_id"]) in chosen and _is_box(annotation["bbox"])
     ]
-    images = [image for image in content["images"] if image["id"] in chosen]
-    return {"images": images, "annotations": annotations, "categories": content["categories"]}
+    images = [{**image, "id": int(image["id"])} for image in content["images"] if int(image["id"]) in chosen]
+    categories = [{**category, "id": int(category["id"])} for category in content["categories"]]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def _with_numbers(annotation: dict[str, Any]) -> dict[str, Any]:
+    """Ids as numbers, as in the index, and what files leave out or have null."""
+    area, box = annotation.get("area"), annotation["bbox"]
+    return {
+        **annotation,
+        **{key: int(annotation[key]) for key in ("id", "image_id", "category_id") if key in annotation},
+        "iscrowd": int(annotation.get("iscrowd") or 0),
+        "area": box[2] * box[3] if area is None else area,
+    }
 
 
 def _read_text(path: Path) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from data.base import ImageDataModule
-from data.sampling import Batch, ImageDataset, Key
+from data.sampling import Batch, ImageDataset, ImageLoader, Key
 
 
 class FixedBatch(ImageDataset):
@@ -57,8 +57,14 @@ class SyntheticDataModule(ImageDataModule):
 
     def load(self, train: bool) -> FixedBatch:
         batch_size = self.batch_size_per_device if train else self.eval_batch_size_per_device
-        _, world_size = self._process()
-        processes = world_size if train else 1
-        return FixedBatch(
-            self.num_batches * batch_size * processes, batch_size, self.num_classes, self.image_size, self.seed
-        )
+        return FixedBatch(self._length(train), batch_size, self.num_classes, self.image_size, self.seed)
+
+    def make_loader(self, dataset: ImageDataset, train: bool) -> ImageLoader:
+        assert isinstance(dataset, FixedBatch)
+        dataset.num_examples = self._length(train)  # the first process loaded it when there was no trainer yet
+        return super().make_loader(dataset, train)
+
+    def _length(self, train: bool) -> int:
+        if not train:
+            return self.num_batches * self.eval_batch_size_per_device
+        return self.num_batches * self.batch_size_per_device * self._process()[1]

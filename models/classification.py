@@ -14,6 +14,7 @@ from models.module import NetworkModule, Schedule
 
 Batch = tuple[Tensor, Tensor]
 STAGES = ("train", "val", "val_ema", "test", "test_ema")
+FIGURES = ("top1", "top5", "loss")
 
 
 class ClassificationModule(NetworkModule):
@@ -33,6 +34,8 @@ class ClassificationModule(NetworkModule):
             labels or class probabilities `[N, num_classes]`): the place for `models.mixing.BatchMixer`. The position
             is (epoch, batch, rank), so that what it draws can depend on that alone and is the same after a resume.
     """
+
+    figure_names = FIGURES
 
     def __init__(
         self,

@@ -45,6 +45,7 @@ class DetectionModule(NetworkModule):
 
     net: SSD
     learns_boxes = True
+    figure_names = (*FIGURES, *PARTS)
 
     def __init__(
         self,

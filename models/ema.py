@@ -186,6 +186,12 @@ class WeightAverageCallback(Callback):
             self._last_step = trainer.global_step
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._share_buffers(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._share_buffers(trainer, pl_module)  # the last epoch may have gone without a validation
+
+    def _share_buffers(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Unsynchronised BatchNorm statistics differ between processes; all evaluate those of the process that saves.
         if self.average is not None and trainer.world_size > 1:
             for average in self.average.buffers(pl_module.net):

@@ -30,9 +30,11 @@ class NetworkModule(pl.LightningModule):
         weight_average: the moving average of the weights, where `models.ema.WeightAverageCallback` keeps one; every
             evaluation is then made twice, with the raw weights and with the averaged ones.
         learns_boxes: whether the data must hold boxes, or must not.
+        figure_names: what an evaluation logs, without its stage: the names that `monitor` may have.
     """
 
     learns_boxes = False
+    figure_names: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -82,6 +84,7 @@ class NetworkModule(pl.LightningModule):
         optimizer = self.optimizer(self.net)
         if self.schedule is None:
             return optimizer
+        self.trainer.fit_loop.setup_data()  # which Lightning leaves for later where max_steps is given alone
         total_steps = self.trainer.estimated_stepping_batches
         steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         factor = self.schedule(steps_per_epoch=steps_per_epoch, total_epochs=total_steps / steps_per_epoch)

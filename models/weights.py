@@ -27,6 +27,7 @@ FORMAT = 1
 CARD_KEY = "condconv"
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+LAST_OF_RUN = Path("checkpoints") / "last.ckpt"
 HUB = "hf-hub:"
 # Settings of a run that are not the network: how it began, how it was trained.
 _NOT_THE_NETWORK = ("autotune", "_target_", "pretrained", "new_classifier", "init", "init_noise", "freeze")
@@ -152,7 +153,8 @@ def read_weights(source: str | Path, averaged: bool = True) -> Weights:
 
     Args:
         source: a file of safetensors or of torch (a state dict, or a checkpoint that holds one), a folder with a
-            `model.safetensors`, or "hf-hub:owner/name" for a repository of the Hugging Face hub.
+            `model.safetensors`, the folder of a run (its last checkpoint), or "hf-hub:owner/name" for a repository of
+            the Hugging Face hub.
         averaged: of a checkpoint of train.py, take the moving average of the weights if there is one.
 
     Raises:
@@ -164,6 +166,8 @@ def read_weights(source: str | Path, averaged: bool = True) -> Weights:
     path = Path(source).expanduser()
     if path.is_dir() and (path / WEIGHTS_FILE).is_file():
         path = path / WEIGHTS_FILE
+    elif path.is_dir() and (path / LAST_OF_RUN).is_file():
+        path = path / LAST_OF_RUN
     if not path.is_file():
         raise FileNotFoundError(f"there are no weights at {source}")
     return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path, averaged)

@@ -55,6 +55,9 @@ def test_train_then_eval(commands: Commands, tmp_path: Path) -> None:
     assert all(set(r) == {"image_id", "category_id", "bbox", "score"} for r in results)
     with (run / "evaluation" / "per_class.csv").open(newline="") as file:
         assert [row["class"] for row in csv.DictReader(file)] == list("0123456789")
+    (tmp_path / "taken").touch()
+    refused = commands.eval(f"ckpt={run}", f"out={tmp_path / 'taken'}")
+    assert refused.code == 1 and "taken: File exists. Set out=" in refused.err and "Testing" not in refused.out
     larger = commands.eval(f"ckpt={run}", "data.image_size=96", f"out={tmp_path / 'elsewhere'}")
     assert larger.code == 0, larger.err
     assert (tmp_path / "elsewhere" / "pictures.png").is_file()
@@ -72,13 +75,19 @@ def test_routing_of_a_detector(commands: Commands, tmp_path: Path) -> None:
         assert {row["class"] for row in csv.DictReader(file)} <= set("0123456789")
 
 
-def test_export_and_predict(commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_and_predict(
+    commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert commands.train(*TINY, "model.score_threshold=0", "callbacks.detections=null").code == 0
     run, images = only_run(tmp_path), tmp_path / "images"
     images.mkdir()
     Image.effect_noise((80, 50), 90).convert("RGB").save(images / "one.png")
     (images / "two.png").write_bytes(b"no image")
     call(export_module.main, "export", monkeypatch, f"ckpt={run}", f"out={tmp_path / 'net.pt2'}", "format=torch_export")
+    for form in ("hub", "timm"):
+        with pytest.raises(SystemExit):
+            call(export_module.main, "export", monkeypatch, f"ckpt={run}", f"format={form}")
+        assert f"format={form} is for classifiers alone" in capsys.readouterr().err
     out = f"out={tmp_path / 'found.json'}"
     drawn = f"pictures={tmp_path / 'drawn'}"
     call(predict_module.main, "predict", monkeypatch, f"ckpt={run}", f"images={images}", out, drawn, "min_score=0")
@@ -95,6 +104,12 @@ def test_export_and_predict(commands: Commands, tmp_path: Path, monkeypatch: pyt
     assert float(scores[0, 0]) == pytest.approx(expected["score"], abs=1e-4)
     assert str(int(labels[0, 0])) == expected["class"]
     assert float(boxes[0, 0, 2]) * 80 / 64 == pytest.approx(expected["right"], abs=0.05)
+
+
+def test_one_batch_by_heart_is_for_detectors_too(commands: Commands, tmp_path: Path) -> None:
+    done = commands.train(*TINY, "debug=overfit", "trainer.max_epochs=1")
+    assert done.code == 0, done.err
+    assert "regularization: false" in (only_run(tmp_path) / "config.yaml").read_text()
 
 
 def test_a_checkpoint_with_other_classes(commands: Commands, tmp_path: Path) -> None:

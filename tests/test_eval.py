@@ -30,7 +30,11 @@ def figure(out: str, name: str) -> str:
 
 def test_eval_repeats_the_figures_of_training(commands: Commands, tmp_path: Path) -> None:
     trained = commands.train(
-        *TINY, "trainer.limit_train_batches=8", "condconv.routing=softmax", "model.classifier_std=null"
+        *TINY,
+        "trainer.limit_train_batches=8",
+        "condconv.routing=softmax",
+        "model.classifier_std=null",
+        "data.normalize=half",
     )
     assert trained.code == 0, trained.err
     (last,) = commands.outputs.rglob("last.ckpt")
@@ -71,6 +75,14 @@ def test_eval_repeats_the_figures_of_training(commands: Commands, tmp_path: Path
     synthetic = ("data=synthetic", "data.image_size=32", "data.num_batches=1")
     other = commands.eval(f"ckpt={moved}", *synthetic, "data.num_classes=10")
     assert other.code == 0, other.err
+
+    # Another data set is prepared as the network knows it, unless the command line says otherwise.
+    half = commands.eval(f"ckpt={moved}", "data=digits")
+    assert half.code == 0 and figure(half.out, "top1") == figure(out, "top1"), half.err
+    assert "as trained: data.normalize=half (the data set's default is imagenet)" in half.out
+    imagenet = commands.eval(f"ckpt={moved}", "data=digits", "data.normalize=imagenet")
+    assert imagenet.code == 0 and "as trained" not in imagenet.out
+    assert figure(imagenet.out, "loss") != figure(out, "loss")
 
     # Data that cannot be meant.
     wrong = commands.eval(f"ckpt={moved}", *synthetic)

@@ -145,6 +145,8 @@ def test_nothing_to_predict(checkpoint: Path, command: Commands, tmp_path: Path)
     code, _, err = command("predict", f"ckpt={checkpoint}", f"images={tmp_path / 'bad.png'}")
     assert code == 1 and "none of the 1 images could be read" in err
     assert command("predict", f"ckpt={checkpoint}", f"images={tmp_path / 'none.png'}")[0] == 1
+    code, _, err = command("predict", f"ckpt={checkpoint}", f"images={tmp_path}", "batch_size=0")
+    assert code == 1 and "batch_size=0: expected a whole number of at least 1" in err
 
 
 @pytest.mark.parametrize(

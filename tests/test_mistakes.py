@@ -45,6 +45,12 @@ TRAIN_MISTAKES = {
     "augmentation misspelt": ("model=ssd_mobilenet_v1 data=coco data.root=. data.augment=sdd", "sdd", "flip"),
     "normalisation misspelt": ("data.normalize=imgnet", "imgnet", "imagenet"),
     "data of eval.py": ("data=as_trained", "data=digits"),
+    "average left out": (
+        "callbacks.checkpoint.monitor=val_ema/top1",
+        "without callbacks.average no averaged weights",
+        "monitor=val/top1",
+    ),
+    "monitor misspelt": ("monitor=val/top_1", "monitor=val/top_1", "Did you mean 'val/top1'?"),
     "no GPU": ("trainer=gpu", "no GPU", "trainer=cpu"),
     "more devices than there are": ("trainer.devices=64", "trainer.devices=64", "this machine has"),
     "no epochs": ("trainer.max_epochs=0", "trainer.max_epochs=0", "at least 1"),

@@ -129,6 +129,22 @@ def test_resume_goes_on_in_the_same_folder(commands: Commands) -> None:
     assert checkpoint["global_step"] == 6 and checkpoint["config"]["trainer"]["max_epochs"] == 2
     steps = [int(row["step"]) for row in read_metrics(folder) if row["train/loss"]]
     assert steps == [0, 1, 2, 3, 4, 5]
+    # A natural mistake.
+    code, _, err = commands.train(f"resume={folder}/checkpoints/last.ckpt")
+    assert code == 1 and "last.ckpt is a file: give the folder of the run" in err
+    # A run that was moved remembers its best epoch.
+    best = folder / "checkpoints" / "best.ckpt"
+    before = torch.load(best, weights_only=True)["epoch"]
+    moved = folder.rename(folder.parent / "moved")
+    code, _, err = commands.train(f"resume={moved}", "trainer.max_epochs=3")
+    assert code == 0 and "won't be reloaded" not in err, err
+    states = torch.load(moved / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
+    (state,) = (state for name, state in states.items() if name.startswith("BestCheckpoint"))
+    best_now = torch.load(moved / "checkpoints" / "best.ckpt", weights_only=True)
+    assert state["best_model_path"] == str(moved / "checkpoints" / "best.ckpt")
+    top1 = [float(row["val/top1"]) for row in read_metrics(moved) if row["val/top1"]]
+    assert float(state["best_model_score"]) == pytest.approx(max(top1)) and best_now["epoch"] >= before
+    folder = moved.rename(folder)
     # What changes the meaning of the run cannot be changed in passing.
     code, _, err = commands.train(f"resume={folder}", "model=resnet18")
     assert code == 1 and "not the same training any more" in err and "model.name: mobilenet_v1 -> resnet18" in err
@@ -147,6 +163,16 @@ def test_a_failed_job_does_not_end_the_sweep(commands: Commands) -> None:
     code, _, err = commands.train("-m", *overrides)
     assert code == 1 and err.count("error: condconv.experts=-1") == 1
     assert [path.parent.parent.name for path in commands.outputs.rglob("last.ckpt")] == ["experts-1"]
+
+
+def test_a_length_in_steps_and_a_start_from_a_run(commands: Commands) -> None:
+    code, _, err = commands.train(*TINY, "trainer.max_epochs=-1", "trainer.max_steps=5")
+    assert code == 0, err
+    folder = only_run(commands)
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 5
+    code, _, err = commands.train(*TINY, f"pretrained={folder}", "name=second", "debug=fast")
+    assert code == 0, err
 
 
 @pytest.mark.parametrize("preset", ["fast", "profile"])

@@ -191,7 +191,28 @@ class BestCheckpoint(ModelCheckpoint):
     """Lightning's choice of the best epochs; a checkpoint that cannot be written, or must not be, stops all processes.
 
     With `save_top_k` above 1 give the files names: `filename=best-epoch{epoch:03d}`.
+
+    Args:
+        mode: whether the largest ("max") or the smallest ("min") value is the best; None: the smallest of a loss.
+        options: of Lightning's `ModelCheckpoint`.
     """
+
+    def __init__(self, *, monitor: str | None = None, mode: str | None = None, **options: Any) -> None:
+        is_loss = str(monitor).rpartition("/")[2].startswith("loss")
+        super().__init__(monitor=monitor, mode=mode or ("min" if is_loss else "max"), **options)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the best epochs so far, also when the run's folder was moved: Lightning would forget them."""
+        before, now = str(state_dict.get("dirpath")), str(self.dirpath)
+
+        def follow(path: str) -> str:
+            return now + path[len(before) :] if path.startswith(before) else path
+
+        state_dict = {**state_dict, "dirpath": self.dirpath}
+        for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            state_dict[key] = follow(state_dict[key])
+        state_dict["best_k_models"] = {follow(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict(state_dict)
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         save(trainer, filepath)

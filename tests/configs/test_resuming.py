@@ -11,9 +11,11 @@ from omegaconf import DictConfig
 
 from condconv.files import save_sealed
 from configs.messages import UserError
+from configs.resolvers import register_resolvers
 from configs.resuming import checkpoint_to_resume, resumed_config
 from configs.runs import load_checkpoint, plain, save_config
 
+register_resolvers()
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("model=mobilenet_v1", "model.width=0.25", "logger=none")
 
@@ -69,6 +71,40 @@ def test_what_makes_another_training_is_refused_unless_forced(
         resume(folder, change, "trainer.max_epochs=50")
     resume(folder, change, "resume_force=true")
     assert f"resume: {key}: " in capsys.readouterr().out
+
+
+def test_what_follows_from_a_changed_value_changes_too(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The saved config has values where the configs have `${...}`."""
+    cfg = resume(folder, "compile=true", "channels_last=false", "trainer.log_every_n_steps=3")
+    assert cfg.task.compile is True and cfg.task.channels_last is False
+    assert cfg.callbacks.finite.every_n_steps == cfg.callbacks.throughput.every_n_steps == 3
+    assert "resume: task.compile: False -> True\n" in capsys.readouterr().out
+    before = resume(folder)
+    cfg = resume(folder, "seed=7", "data.batch_size_per_device=32", "data.image_size=64", "resume_force=true")
+    assert cfg.data.seed == 7 and cfg.batch_size == 32 and cfg.callbacks.summary.image_size == 64
+    assert cfg.optim.lr == cfg.optim.optimizer.lr == before.optim.lr / 2
+    assert cfg.name == before.name, "a run keeps its name"
+    with pytest.raises(UserError, match=r"data\.batch_size_per_device: 64 -> 32.*optim\.lr: .* -> "):
+        resume(folder, "data.batch_size_per_device=32")
+    # A value of its own does not follow.
+    cfg = resume(folder, "seed=7", "data.seed=9", "resume_force=true")
+    assert (cfg.seed, cfg.data.seed) == (7, 9)
+    cfg.task.compile = True
+    save_config(plain(cfg), folder)
+    assert resume(folder, "compile=true").task.compile is True
+    assert resume(folder, "channels_last=false").task.compile is True
+
+
+def test_callbacks_and_loggers_are_left_out_or_exchanged(folder: Path) -> None:
+    cfg = resume(folder, "callbacks.routing=null", "logger=csv", "trainer.max_epochs=30")
+    assert cfg.callbacks.routing is None and list(cfg.logger) == ["csv"] and cfg.trainer.max_epochs == 30
+    assert cfg.model.name == "mobilenet_v1" and cfg.logger.csv.folder == str(folder)
+
+
+def test_a_group_may_be_changed_by_force(folder: Path) -> None:
+    with pytest.raises(UserError, match="resume_force=true"):
+        resume(folder, *SMALL, "optim=sgd")
+    assert resume(folder, *SMALL, "optim=sgd", "resume_force=true").optim.optimizer.name == "sgd"
 
 
 def test_a_whole_command_line_may_be_repeated(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

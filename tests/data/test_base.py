@@ -101,6 +101,14 @@ def test_synthetic_has_as_many_batches_on_every_process():
     assert len(module.train_dataloader()) == 3
 
 
+def test_synthetic_has_them_also_where_it_was_loaded_before_there_was_a_trainer():
+    """As train.py does on the first process."""
+    module = SyntheticDataModule(num_batches=3, image_size=32, batch_size_per_device=5)
+    module.setup("fit")
+    module.trainer = SimpleNamespace(global_rank=0, world_size=2, num_devices=2)
+    assert len(module.train_dataloader()) == 3
+
+
 def test_synthetic_needs_classes_and_batches():
     with pytest.raises(ValueError, match="0 classes and 100 batches"):
         SyntheticDataModule(num_classes=0)

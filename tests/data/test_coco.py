@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from data.coco import CocoDataModule
-from data.coco_index import read_index
+from data.coco_index import read_index, read_truth
 from data.detection_transforms import BoxTransform, CropAroundBoxes, detection_eval_transform, detection_train_transform
 
 CATEGORIES = [{"id": 90, "name": "toothbrush"}, {"id": 1, "name": "person"}, {"id": 3, "name": "car"}]
@@ -92,6 +92,17 @@ def test_the_truth_keeps_crowds_and_all_fields_the_evaluator_wants(tmp_path: Pat
     assert [a["id"] for a in truth["annotations"] if a["iscrowd"]] == [9]
     assert {a["id"]: a["area"] for a in truth["annotations"]} == {7: 192, 8: 300, 9: 3500, 11: 1200}
     assert made.ground_truth() is truth and made.categories()[2] == {"id": 90, "name": "toothbrush"}
+
+
+def test_ids_as_text_and_nulls_are_read_as_the_index_reads_them(tmp_path: Path) -> None:
+    path = tmp_path / "instances.json"
+    box = {"id": "5", "image_id": "3", "category_id": "7", "bbox": [1, 2, 3, 4], "iscrowd": None, "area": None}
+    image = {"id": "3", "file_name": "a.jpg", "width": 20, "height": 20}
+    path.write_text(json.dumps({"images": [image], "annotations": [box], "categories": [{"id": "7", "name": "x"}]}))
+    truth = read_truth(path, read_index(path).image_ids.tolist())
+    assert [image["id"] for image in truth["images"]] == [3] and truth["categories"][0]["id"] == 7
+    (found,) = truth["annotations"]
+    assert [found[key] for key in ("id", "image_id", "category_id", "iscrowd", "area")] == [5, 3, 7, 0, 12]
 
 
 def test_boxes_without_area_and_outside_are_dropped_and_counted(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from condconv import CondConv2d
-from models.callbacks import EvaluationSpeed, ModelTable, RoutingStatistics, SavedConfig, Throughput
+from models.callbacks import BestCheckpoint, EvaluationSpeed, ModelTable, RoutingStatistics, SavedConfig, Throughput
 from models.callbacks.display import EpochLines
 from models.classification import ClassificationModule
 from models.loggers import MetricsCsv, WandbRun, choose_mode
@@ -168,6 +168,32 @@ def test_checkpoints_carry_the_config(tmp_path: Path) -> None:
     trainer = fit(module(), SavedConfig({"seed": 3, "model": {"name": "x"}}))
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     assert torch.load(tmp_path / "a.ckpt", weights_only=True)["config"] == {"seed": 3, "model": {"name": "x"}}
+
+
+@pytest.mark.parametrize(
+    ("monitor", "mode", "expected"),
+    [
+        ("val/top1", None, "max"),
+        ("val/loss", None, "min"),
+        ("val_ema/loss_box", None, "min"),
+        ("val/loss", "max", "max"),
+    ],
+)
+def test_the_best_of_a_loss_is_the_smallest(monitor: str, mode: str | None, expected: str) -> None:
+    assert BestCheckpoint(monitor=monitor, mode=mode).mode == expected
+
+
+def test_the_best_epochs_move_with_their_folder(tmp_path: Path) -> None:
+    old, new = (
+        BestCheckpoint(monitor="val/top1", dirpath=tmp_path / "old"),
+        BestCheckpoint(monitor="val/top1", dirpath=tmp_path / "new"),
+    )
+    old.best_model_path = old.kth_best_model_path = str(tmp_path / "old" / "best.ckpt")
+    old.best_model_score, old.best_k_models = torch.tensor(0.7), {old.best_model_path: torch.tensor(0.7)}
+    new.load_state_dict(old.state_dict())
+    moved = str(tmp_path / "new" / "best.ckpt")
+    assert new.best_model_score == 0.7 and new.best_model_path == new.kth_best_model_path == moved
+    assert list(new.best_k_models) == [moved] and new.dirpath == str(tmp_path / "new")
 
 
 def read(path: Path) -> list[dict[str, str]]:
