@@ -35,7 +35,7 @@ their state; the same command goes on. Exit code: 0, 1 if a job failed, 130 if s
 """
 OPTIONS = ("studies", "protocol", "runs", "jobs", "seeds", "order", "keep", "out")
 STUDIES = ("experts", "second_backbone", "upcycled", "router_gain", "controls", "first_block", "routing")
-STUDIES += ("causes", "regimes")
+STUDIES += ("causes", "rates", "regimes")
 """In the order in which they are run; `upcycled` needs the static networks of `experts`."""
 PROTOCOLS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "reduced": (STUDIES, "1,2,3"),
