@@ -131,6 +131,28 @@ def test_eval_gives_the_same_figures_on_any_number_of_processes(trained: dict[in
         assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-6)
 
 
+def test_averages_after_an_epoch_without_validation_are_those_that_are_saved(tmp_path: Path) -> None:
+    """Without synchronised BatchNorm every process has running statistics of its own; the first one's are saved."""
+    folder = tmp_path / "run"
+    own = [*(each for each in SAME if "examples" not in each), "callbacks.batchnorm.examples=null"]
+    own += [
+        "trainer.check_val_every_n_epoch=2",
+        "trainer.max_epochs=1",
+        "model.classifier_std=1",
+        f"paths.run={folder}",
+    ]
+    codes = run([*own, "data.batch_size_per_device=6"], tmp_path / "log", 2, prepare)
+    assert codes == [0, 0], (tmp_path / "log.0.log").read_text()
+    assert not any(row.get("val_ema/top1") for row in read_metrics(folder))
+    overrides = [f"ckpt={folder}", "trainer.devices=1", "data.eval_batch_size_per_device=50"]
+    out = tmp_path / "out"
+    assert run([], tmp_path / "log-eval", 1, evaluating(out, overrides)) == [0]
+    found = json.loads(out.with_suffix(".0.json").read_text())
+    tested = read_metrics(folder)[-1]
+    assert found["ema/loss"] == pytest.approx(float(tested["test_ema/loss"]), rel=1e-6)
+    assert found["ema/loss"] != pytest.approx(found["loss"], rel=1e-6)
+
+
 def test_too_few_images_for_the_processes_are_an_error() -> None:
     from data.digits import DigitsDataModule
 
