@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 
 from data.coco_index import BAD_BOXES, CocoIndex, read_index, read_truth
-from data.decoding import UNREADABLE
+from data.decoding import UNREADABLE, to_rgb
 from data.detection import DetectionDataModule, DetectionDataset, DetectionExample, make_target
 from data.detection_transforms import AUGMENTS, DetectionTransform, detection_eval_transform, detection_train_transform
 from data.sampling import Key, example_rng, split_key
@@ -84,7 +84,7 @@ class CocoImages(DetectionDataset):
             if image.size != (width, height):
                 found = f"{image.width} x {image.height} pixels, the annotation file says {width} x {height}"
                 raise ValueError(found)
-            return image.convert("RGB")
+            return to_rgb(image)
 
     def _read(self, position: int) -> Image.Image | None:
         try:

@@ -214,7 +214,7 @@ def _boxes(
     label = {number: place for place, number in enumerate(category_ids)}
     owners = _lookup(annotations, "image_id", position, path)
     labels = _lookup(annotations, "category_id", label, path)
-    crowd = np.array([bool(a.get("iscrowd", 0)) for a in annotations], dtype=bool)
+    crowd = np.array([bool(int(a.get("iscrowd") or 0)) for a in annotations], dtype=bool)
     raw = np.array(_column(annotations, "bbox", "annotation", path, _four), dtype=np.float64).reshape(-1, 4)
     bad = ~np.isfinite(raw).all(1) | (raw[:, 2:] < 0).any(1)
     if bad.any() and bad_boxes == "error":

@@ -28,6 +28,21 @@ class UnreadableImage(Exception):
     """The bytes are not an image, or a broken one; the message is the reason."""
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any image in RGB. Pillow cuts grey levels above 255 off, so 16 bits are divided by 256 here.
+
+    Raises:
+        ValueError: grey levels whose range nobody knows, 32-bit or floating point.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        levels = np.asarray(image).astype(np.int64) // 256
+        return Image.fromarray(levels.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        kind = "32-bit" if image.mode == "I" else "floating point"
+        raise ValueError(f"{kind} grey levels, whose range the file does not say: convert it to 8 bits")
+    return image.convert("RGB")
+
+
 def choose_decoder(name: str = "auto") -> str:
     """The decoder of that name, or the fastest one that is installed.
 
@@ -126,7 +141,7 @@ class Picture:
                 if factor > 1 and image.format == "JPEG":
                     # draft() takes the largest factor that leaves at least this size.
                     image.draft("RGB", (image.width // factor, image.height // factor))
-                return image.convert("RGB")
+                return to_rgb(image)
         except UNREADABLE as error:
             raise UnreadableImage(f"{type(error).__name__}: {error}") from error
 
@@ -152,4 +167,4 @@ class _DecodedPicture(Picture):
 def read_image(path: str) -> Image.Image:
     """The image of a file in RGB, fully decoded by Pillow."""
     with Image.open(path) as image:
-        return image.convert("RGB")
+        return to_rgb(image)

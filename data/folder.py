@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 NAMED_FILES = 10
 
@@ -76,21 +78,26 @@ class FolderSource:
     blocks = None
 
     def __init__(self, examples: list[Example], folder: Path) -> None:
-        self.examples = examples
         self.folder = folder
+        self.labels = np.array([example.label for example in examples], dtype=np.int64)
+        # Not a list: reading its objects counts references, which copies their memory into every loading process.
+        paths = [os.fsencode(example.path) for example in examples]
+        self._ends = np.cumsum([len(path) for path in paths], dtype=np.int64)
+        self._paths = np.frombuffer(b"".join(paths), dtype=np.uint8)
 
     def __len__(self) -> int:
-        return len(self.examples)
+        return len(self.labels)
 
     def read(self, position: int) -> bytes:
-        with open(self.examples[position].path, "rb") as file:
+        with open(self.name(position), "rb") as file:
             return file.read()
 
     def label(self, position: int) -> int:
-        return self.examples[position].label
+        return int(self.labels[position])
 
     def name(self, position: int) -> str:
-        return self.examples[position].path
+        start = int(self._ends[position - 1]) if position else 0
+        return os.fsdecode(self._paths[start : int(self._ends[position])].tobytes())
 
 
 def some(names: list[str]) -> str:

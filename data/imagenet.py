@@ -1,5 +1,6 @@
 """ImageNet, and any other data set of image files in folders or tar shards, with a training and an evaluation part."""
 
+import os
 import warnings
 from functools import cached_property
 from pathlib import Path
@@ -107,7 +108,12 @@ class ImageFolderDataModule(ImageDataModule):
     @cached_property
     def is_sharded(self) -> bool:
         """Whether the images lie in tar shards."""
-        return self.format == "shards" or (self.format == "auto" and bool(find_shards(self.root, "train")[1]))
+        if self.format != "auto":
+            return self.format == "shards"
+        # The archives that class folders were unpacked from may lie beside them.
+        train = self.root / "train"
+        unpacked = train.is_dir() and any(each.is_dir() and not each.name.startswith(".") for each in os.scandir(train))
+        return not unpacked and bool(find_shards(self.root, "train")[1])
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:  # type: ignore[override]  # read from the files, on first use

@@ -41,12 +41,20 @@ def find_shards(root: Path, part: str) -> tuple[Path, list[Path]]:
     """The folder and the shards of a part ("train" or "val"); an empty list if there are none.
 
     They are `root/train/*.tar`, or `root/*train*.tar` as published sets often have them; for "val" also "validation".
+
+    Raises:
+        ValueError: the name of a shard is of both parts ("trainval").
     """
     for name in PARTS[part]:
         if shards := sorted((root / name).glob("*.tar")):
             return root / name, shards
     for name in PARTS[part]:
         if shards := sorted(root.glob(f"*{name}*.tar")):
+            both = [shard.name for shard in shards if all(any(n in shard.name for n in PARTS[p]) for p in PARTS)]
+            if both:
+                raise ValueError(
+                    f"{root}: {some(both)} would be both train and val: put the shards into train/ and val/"
+                )
             return root, shards
     return root, []
 
@@ -83,6 +91,9 @@ def scan_shard(path: Path) -> list[Member]:
                 parent, _, name = member.name.rpartition("/")
                 stem, _, extension = name.partition(".")
                 key = f"{parent}/{stem}"
+                wanted = extension.lower() == "cls" or f".{extension.lower()}" in EXTENSIONS
+                if member.islnk() and wanted:
+                    raise ValueError(f"{path}: {member.name} is a hard link; make the tar with --hard-dereference")
                 if not member.isfile() or not stem:
                     continue
                 if extension.lower() == "cls":
@@ -92,6 +103,7 @@ def scan_shard(path: Path) -> list[Member]:
                     if key in images:
                         raise ValueError(f"{path} holds two images with the key of {member.name}")
                     images[key] = (member.offset_data, member.size, member.name)
+            _check_end(archive)
     except tarfile.TarError as error:
         raise ValueError(
             f"{path} is not a whole tar file ({error}): it may be truncated, copy or make it again"
@@ -102,7 +114,28 @@ def scan_shard(path: Path) -> list[Member]:
             f"{path} holds {len(unlabelled)} image(s) without a label: {some(unlabelled)}; expected beside each a "
             f"member of the same key that ends in .cls and holds the number of the class"
         )
+    if unused := sorted(set(labels) - set(images)):
+        kinds = " ".join(EXTENSIONS)
+        warnings.warn(f"{path}: {len(unused)} label(s) without an image ({kinds}): {some(unused)}", stacklevel=2)
     return [Member(offset, length, labels[key]) for key, (offset, length, _) in images.items()]
+
+
+def _check_end(archive: tarfile.TarFile) -> None:
+    """After the last member only zeros follow. tarfile takes a damaged or missing header for the end, in silence.
+
+    Raises:
+        tarfile.ReadError: something else follows, or nothing at all.
+    """
+    file = archive.fileobj
+    assert file is not None
+    file.seek(archive.offset)
+    rest = file.read(tarfile.BLOCKSIZE)
+    if len(rest) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("it has no end mark")
+    while rest:
+        if rest.strip(b"\0"):
+            raise tarfile.ReadError(f"the header at byte {archive.offset} is damaged")
+        rest = file.read(1 << 20)
 
 
 def _label(data: bytes, name: str, path: Path) -> int:

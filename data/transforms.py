@@ -138,6 +138,14 @@ class TrainTransform:
         dct_scaling: bool = True,
     ) -> None:
         mode = INTERPOLATIONS[choice("interpolation", interpolation, INTERPOLATIONS)]
+        _check_range("crop_scale", crop_scale, 1.0)
+        _check_range("crop_ratio", crop_ratio, math.inf)
+        for name, value in (("horizontal_flip", horizontal_flip), ("random_erasing", random_erasing)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} {value}: expected a probability, 0 to 1")
+        if randaugment_ops < 1 or not 0 <= randaugment_magnitude <= 30:
+            given = f"randaugment_ops {randaugment_ops}, randaugment_magnitude {randaugment_magnitude}"
+            raise ValueError(f"{given}: expected at least 1 operation and a magnitude of 0 to 30")
         self.image_size = image_size
         self.interpolation = interpolation
         self.crop_scale, self.crop_ratio = tuple(crop_scale), tuple(crop_ratio)
@@ -193,6 +201,12 @@ class TrainTransform:
         if pixels.shape[1:] == size:
             return pixels
         return F.interpolate(pixels[None], size, mode=self.interpolation, antialias=True)[0]
+
+
+def _check_range(name: str, given: Sequence[float], most: float) -> None:
+    if len(given) != 2 or not 0 < given[0] <= given[1] <= most:
+        upper = f" and at most {most:g}" if most < math.inf else ""
+        raise ValueError(f"{name} {list(given)}: expected two numbers in order, above 0{upper}")
 
 
 def random_box(width: int, height: int, scale: Sequence[float], ratio: Sequence[float]) -> tuple[int, int, int, int]:

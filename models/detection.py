@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import Metric
 
 from models.boxes import Detection
 from models.coco_evaluation import FIGURES, CocoFigures, Result, coco_results, evaluate_over_ranks
@@ -20,6 +20,28 @@ Batch = tuple[Tensor, list[dict[str, Any]]]
 PARTS = ("loss", "loss_class", "loss_box")
 STAGES = ("val", "val_ema", "test", "test_ema")
 SHOWN = ("AP", "AP50")
+
+
+class LossPerMatch(Metric):
+    """The loss of all batches over all their matched anchors, which does not depend on the batch size as means do."""
+
+    full_state_update = False
+    total: Tensor
+    matched: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("matched", torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, loss: Tensor, matched: Tensor) -> None:
+        """Take in a batch: its loss over its matched anchors (over 1 where there are none), and how many these are."""
+        self.total += loss.detach() * matched.clamp(min=1)
+        self.matched += matched
+
+    def compute(self) -> Tensor:
+        """Over 1 where nothing is matched, as in a batch."""
+        return self.total / self.matched.clamp(min=1)
 
 
 class DetectionModule(NetworkModule):
@@ -76,7 +98,7 @@ class DetectionModule(NetworkModule):
             "negatives_per_positive": negatives_per_positive,
         }
         self.means = nn.ModuleDict(
-            {f"{stage}_means": nn.ModuleDict({part: MeanMetric() for part in PARTS}) for stage in STAGES}
+            {f"{stage}_means": nn.ModuleDict({part: LossPerMatch() for part in PARTS}) for stage in STAGES}
         )
         self.figures: dict[str, CocoFigures] = {}
         self.results: dict[str, list[Result]] = {}
@@ -150,7 +172,7 @@ class DetectionModule(NetworkModule):
         losses = self.losses(outputs, targets)
         means = self.means[f"{stage}_means"]
         for part in PARTS:
-            means[part].update(losses[part], weight=len(images))
+            means[part].update(losses[part], losses["matched"] * len(images))
             self.log(f"{stage}/{part}", means[part], on_step=False, on_epoch=True)
         detections = self.net.detect(outputs)
         category_ids = self.trainer.datamodule.category_ids  # type: ignore[attr-defined]

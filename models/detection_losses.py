@@ -2,9 +2,10 @@
 
 Conventions of the TensorFlow Object Detection API (ssd_mobilenet_v1_300x300_coco14_sync.config) [seen]: an anchor is
 matched to the box that it overlaps most if their IoU is at least 0.5, and every box gets its best anchor whatever the
-IoU; classification is a focal loss (alpha 0.75, gamma 2) on sigmoids, or cross entropy with hard negative mining (three
-negatives for each positive); boxes are learned by smooth L1 on codes scaled by 10, 10, 5, 5, averaged over the four
-numbers of a code; both losses are divided by the number of matched anchors of the batch (of all processes).
+IoU (of several boxes with the same best anchor, the one that overlaps it most); classification is a focal loss (alpha
+0.75, gamma 2) on sigmoids, or cross entropy with hard negative mining (three negatives for each positive); boxes are
+learned by smooth L1 on codes scaled by 10, 10, 5, 5, averaged over the four numbers of a code; both losses are divided
+by the number of matched anchors of the batch (of all processes).
 
 Letters: `N` images, `A` anchors, `M` boxes of an image, `C` classes.
 """
@@ -47,12 +48,26 @@ def match(
             classes.append(torch.full((len(anchors_A4),), NOTHING, device=anchors_A4.device))
             boxes.append(anchors_A4)
             continue
-        found_A = matcher(box_iou(target["boxes"].to(anchors_A4.dtype), anchors_A4))
+        iou_MA = box_iou(target["boxes"].to(anchors_A4.dtype), anchors_A4)
+        found_A = _with_best_anchors(matcher(iou_MA), iou_MA)
         matched_A = found_A >= 0
         index_A = found_A.clamp(min=0)
         classes.append(torch.where(matched_A, target["labels"][index_A], NOTHING))
         boxes.append(torch.where(matched_A[:, None], target["boxes"][index_A].to(anchors_A4.dtype), anchors_A4))
     return torch.stack(classes), torch.stack(boxes)
+
+
+def _with_best_anchors(found_A: Tensor, iou_MA: Tensor) -> Tensor:
+    """The matches with each box on its best anchor; one that several boxes want goes to the one that overlaps it most.
+
+    torchvision's matcher leaves that to the order in which a GPU writes.
+    """
+    best_M, anchor_M = iou_MA.max(1)
+    place_M = torch.empty_like(anchor_M)
+    place_M[best_M.argsort(descending=True, stable=True)] = torch.arange(len(anchor_M), device=anchor_M.device)
+    first_A = torch.full_like(found_A, len(anchor_M)).scatter_reduce(0, anchor_M, place_M, "amin")
+    winners = (first_A[anchor_M] == place_M).nonzero().squeeze(1)
+    return found_A.index_put((anchor_M[winners],), winners)
 
 
 def detection_losses(

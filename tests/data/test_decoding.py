@@ -2,6 +2,7 @@
 
 import io
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -10,7 +11,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from data import decoding
-from data.decoding import DECODERS, FACTORS, Picture, UnreadableImage, choose_decoder
+from data.decoding import DECODERS, FACTORS, Picture, UnreadableImage, choose_decoder, read_image
 from data.sampling import example_rng
 from data.transforms import TrainTransform, eval_transform, random_box
 
@@ -166,3 +167,19 @@ def test_large_photos_are_scaled_while_they_are_decoded_if_the_crop_allows(monke
         exact = TrainTransform(size, dct_scaling=False, **whole)(picture)
         assert factors.pop() == 1
         assert (scaled.int() - exact.int()).abs().float().mean() < 1.5
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_sixteen_bits_of_grey_keep_their_range(kind, tmp_path):
+    levels = np.arange(0, 65536, 655, dtype=np.uint16).reshape(1, -1).repeat(20, 0)
+    path = tmp_path / "grey"
+    Image.fromarray(levels).save(path, format=kind)
+    for pixels in (Picture(path.read_bytes()).pixels(), TF.pil_to_tensor(read_image(str(path)))):
+        assert torch.equal(pixels[1], torch.from_numpy((levels // 256).astype(np.uint8)))
+
+
+@pytest.mark.parametrize(("dtype", "message"), [(np.float32, "floating point"), (np.int32, "32-bit")])
+def test_grey_levels_of_unknown_range_are_unreadable(dtype, message, tmp_path):
+    Image.fromarray(np.ones((8, 8), dtype=dtype)).save(tmp_path / "grey.tiff")
+    with pytest.raises(UnreadableImage, match=f"{message} grey levels"):
+        Picture((tmp_path / "grey.tiff").read_bytes()).pixels()

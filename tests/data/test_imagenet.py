@@ -81,7 +81,7 @@ def test_nested_folders_other_files_and_hidden_folders(root):
 def test_fewer_images_of_each_class(root):
     data = module(root, max_train_per_class=2, max_val_per_class=1, batch_size_per_device=2)
     data.setup()
-    assert [example.label for example in data.train_set.source.examples] == [0, 0, 1, 1, 2, 2]
+    assert data.train_set.source.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert colours(data.val_dataloader()) == [colour("val", label, 0) for label in range(3)]
 
 

@@ -180,6 +180,32 @@ def truncate_without_index(root):
     (root / "train" / "index.npz").unlink()
 
 
+def lose_a_header(root):
+    path, data = root / "train" / "000002.tar", bytearray((root / "train" / "000002.tar").read_bytes())
+    with tarfile.open(path) as archive:
+        third = archive.getmembers()[2].offset
+    data[third + 150] ^= 1  # of the header's checksum
+    path.write_bytes(data)
+    (root / "train" / "index.npz").unlink()
+
+
+def truncate_between_members(root):
+    path = root / "train" / "000002.tar"
+    with tarfile.open(path) as archive:
+        third = archive.getmembers()[2].offset
+    path.write_bytes(path.read_bytes()[:third])
+    (root / "train" / "index.npz").unlink()
+
+
+def hard_link(root):
+    shutil.rmtree(root / "train")
+    write_tar(root / "train" / "0.tar", {"a.jpg": jpeg(0), "a.cls": b"1"})
+    with tarfile.open(root / "train" / "0.tar", "a") as archive:
+        link = tarfile.TarInfo("b.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, "a.jpg"
+        archive.addfile(link)
+
+
 def lose_without_index(root):
     lose_a_shard(root)
     (root / "train" / "index.npz").unlink()
@@ -230,6 +256,9 @@ def high_label(root):
         (lose_a_shard, FileNotFoundError, r"1 of 5 shards are missing in .*train: 000001.tar; copy the shards"),
         (truncate_a_shard, ValueError, r"1 shard\(s\) in .* truncated or changed: 000002.tar \(3,000 bytes, not"),
         (truncate_without_index, ValueError, r"000002.tar is not a whole tar file \(unexpected end of data\): .*trunc"),
+        (lose_a_header, ValueError, r"000002.tar is not a whole tar file \(the header at byte \d+ is damaged\)"),
+        (truncate_between_members, ValueError, r"000002.tar is not a whole tar file \(it has no end mark\)"),
+        (hard_link, ValueError, r"0.tar: b.jpg is a hard link; .*--hard-dereference"),
         (lose_without_index, ValueError, r"holds 14 of the 18 images that data.make_shards was to put there: run it"),
         (add_a_shard, ValueError, r"index.npz does not know 1 of the shards beside it: 000009.tar; .*delete"),
         (break_the_index, ValueError, r"index.npz is not an index of shards, or a broken one: delete it"),
@@ -245,6 +274,24 @@ def test_broken_shards_are_named(shards, breakage, error, message):
     breakage(shards)
     with pytest.raises(error, match=message):
         module(shards).setup("fit")
+
+
+def test_labels_without_an_image_are_warned_of(tmp_path):
+    write_tar(tmp_path / "0.tar", {"a.jpg": jpeg(0), "a.cls": b"1", "b.avif": b"x", "b.cls": b"0"})
+    with pytest.warns(UserWarning, match=r"0.tar: 1 label\(s\) without an image .*: /b"):
+        assert len(scan_shard(tmp_path / "0.tar")) == 1
+
+
+def test_one_name_cannot_be_of_both_parts(tmp_path):
+    write_tar(tmp_path / "pets-trainval-000.tar", {"a.jpg": jpeg(0), "a.cls": b"1"})
+    with pytest.raises(ValueError, match=r"pets-trainval-000.tar would be both train and val"):
+        module(tmp_path).setup("fit")
+
+
+def test_archives_beside_unpacked_folders_are_left_alone(folders):
+    for name in ("ILSVRC2012_img_train.tar", "train/ant.tar"):
+        write_tar(folders / name, {"n01440764.tar": b"x"})
+    assert "(folders" in module(folders).describe()
 
 
 def test_compressed_shards_are_refused_with_advice(tmp_path):

@@ -120,6 +120,15 @@ def test_random_erasing_fills_with_the_given_colour():
         (lambda: eval_transform(32, crop_fraction=1.1), r"crop fraction 1.1"),
         (lambda: eval_transform(32, interpolation="cubic"), r"unknown interpolation 'cubic'; .* bicubic, bilinear"),
         (lambda: TrainTransform(32, train_crop="centre"), r"unknown train_crop 'centre'; .* random_resized, pad"),
+        (lambda: TrainTransform(32, crop_scale=(8, 100)), r"crop_scale \[8, 100\]: .* in order, above 0 and at most 1"),
+        (
+            lambda: TrainTransform(32, crop_scale=(1.0, 0.08)),
+            r"crop_scale \[1.0, 0.08\]: expected two numbers in order",
+        ),
+        (lambda: TrainTransform(32, crop_ratio=(0, 1)), r"crop_ratio \[0, 1\]: expected two numbers in order, above 0"),
+        (lambda: TrainTransform(32, horizontal_flip=5), r"horizontal_flip 5: expected a probability"),
+        (lambda: TrainTransform(32, random_erasing=-1), r"random_erasing -1: expected a probability"),
+        (lambda: TrainTransform(32, randaugment_magnitude=31), r"randaugment_magnitude 31: .* magnitude of 0 to 30"),
         (lambda: TrainTransform(32, augment="rand"), r"unknown augment 'rand'; .* none, autoaugment"),
     ],
 )

@@ -93,6 +93,14 @@ def test_one_step_is_logged_in_parts(tmp_path: Path) -> None:
     assert logged["train/matched"] > 0
 
 
+def test_the_loss_of_an_evaluation_does_not_depend_on_the_batch_size(tmp_path: Path) -> None:
+    found = module()
+    losses = [
+        trainer(tmp_path).test(found, datamodule=Scenes(8, batch), verbose=False)[0]["test/loss"] for batch in (1, 3, 8)
+    ]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
 def test_the_moving_average_is_evaluated_beside_the_raw_weights(tmp_path: Path) -> None:
     found = module(2, lr=0.05)
     files = DetectionFiles(tmp_path / "detections", pictures=2)

@@ -29,7 +29,9 @@ def test_anchors_above_the_threshold_and_the_best_one_of_every_box() -> None:
 
 def test_a_box_keeps_its_best_anchor_though_another_box_overlaps_that_more() -> None:
     classes, _ = match([target([[0, 0, 20, 20], [0, 0, 19, 19]], [3, 4])], ANCHORS[1:])
-    assert classes.tolist() == [[4, NOTHING, NOTHING]]  # both want anchor 1; the later one gets it
+    assert classes.tolist() == [[3, NOTHING, NOTHING]]  # both want anchor 1; the one that overlaps it more gets it
+    again, _ = match([target([[0, 0, 19, 19], [0, 0, 20, 20]], [4, 3])], ANCHORS[1:])
+    assert again.tolist() == classes.tolist(), "whatever their order"
 
 
 def test_codes_are_scaled_offsets_and_logarithms() -> None:
