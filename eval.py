@@ -11,10 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from condconv import compress_experts
 from condconv.complexity import complexity
-from configs.checks import check_classes, check_eval, check_writable
+from configs.checks import check_classes, check_eval
 from configs.messages import run_as_command, run_job
 from configs.resolvers import register_resolvers
-from configs.runs import adopt_normalization, analysis_folder, choose_data, load_checkpoint, plain
+from configs.runs import analysis_folder, choose_data, load_checkpoint, plain
 from models.callbacks import EvaluationSpeed, evaluation_files, print_evaluation
 from models.ema import CHECKPOINT_KEY, averaged_weights
 from models.loggers import finishing
@@ -53,8 +53,6 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     module = task(net, num_classes)
     module.check_data(datamodule)
     speed, files = EvaluationSpeed(), evaluation_files(module, cfg.out, cfg.ckpt)
-    for each in files:
-        check_writable(each.folder, "Set out=...")
     trainer = instantiate(cfg.trainer, _partial_=True)(callbacks=[speed, *files], logger=False)
     figures: dict[str, float] = {}
     for prefix, state in weights.items():
@@ -78,8 +76,7 @@ def open_weights(cfg: DictConfig) -> tuple[DictConfig, dict[str, Any], dict[str,
     """The config that builds the network, states to load by prefix, and arguments that bring pretrained weights."""
     if cfg.pretrained is not None:
         weights, settings = for_evaluation(cfg.pretrained, plain(cfg.model), plain(cfg.condconv))
-        adopt_normalization(cfg, weights.normalization)
-        saved = {**settings, "name": str(cfg.pretrained), "data": {}}
+        saved = {**settings, "name": str(cfg.pretrained), "data": weights.preparation}
         return OmegaConf.create(saved), {"": None}, {"pretrained": weights}
     checkpoint = load_checkpoint(cfg.ckpt)
     saved = OmegaConf.create(checkpoint["config"])

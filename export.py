@@ -6,19 +6,17 @@ from itertools import islice
 from pathlib import Path
 
 import hydra
-import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from condconv.checkpoints import to_timm
 from condconv.export import FORMS
-from configs.checks import check_choice, check_complete
-from configs.messages import UserError, run_as_command, run_job
+from configs.checks import check_choice, check_complete, check_export
+from configs.messages import run_as_command, run_job
 from configs.resolvers import register_resolvers
 from configs.runs import choose_data, load_checkpoint
 from models.callbacks import print_results
-from models.pretrained import open_network
+from models.pretrained import open_network, save_for_timm
 from models.weights import WEIGHTS_FILE, Card, Weights, read_weights, save_weights, weights_of_run
 
 register_resolvers()
@@ -27,10 +25,11 @@ SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2", "safetensors": ".safetensor
 
 
 def open_ckpt(ckpt: str, average: bool) -> tuple[Weights, DictConfig]:
-    """The weights of a checkpoint or a file of ours, and the config of its data (empty for a file)."""
+    """The weights of a checkpoint or a file of ours, and the config of its data; of a file how images are prepared."""
     path = Path(ckpt).expanduser()
     if path.suffix == ".safetensors" or (path / WEIGHTS_FILE).is_file():
-        return read_weights(path), OmegaConf.create()
+        weights = read_weights(path)
+        return weights, OmegaConf.create(weights.preparation)
     checkpoint = load_checkpoint(path)
     return weights_of_run(checkpoint, str(path), average), OmegaConf.create(checkpoint["config"]["data"])
 
@@ -45,14 +44,12 @@ def export(cfg: DictConfig) -> Path:
     check_choice("format", cfg.format, list(SUFFIXES))
     check_choice("form", cfg.form, list(FORMS))
     weights, trained_on = open_ckpt(cfg.ckpt, cfg.average)
-    if cfg.int8 and (cfg.format != "onnx" or weights.is_detector):
-        raise UserError("int8=true goes with format=onnx, and with classifiers alone.")
-    if cfg.format in ("hub", "timm") and weights.is_detector:
-        raise UserError(f"format={cfg.format} is for classifiers alone: take safetensors, onnx or torch_export.")
+    check_export(cfg, weights.is_detector, "_target_" in trained_on)
     network, card = open_network(weights), weights.card
     assert card is not None  # or it would not have opened
-    beside = Path(cfg.ckpt).expanduser()
-    path = Path(cfg.out).expanduser() if cfg.out else beside.with_name(beside.stem + SUFFIXES[cfg.format])
+    beside = Path(cfg.ckpt).expanduser().absolute()
+    stem = beside.name if beside.is_dir() else beside.stem  # folders of sweeps have dots in their names
+    path = Path(cfg.out).expanduser() if cfg.out else beside.with_name(stem + SUFFIXES[cfg.format])
     if cfg.format in ("onnx", "torch_export"):
         to_runtime(cfg, network, card, path, trained_on)
         return path
@@ -63,8 +60,7 @@ def export(cfg: DictConfig) -> Path:
 
         HubNetwork.of(weights).save_pretrained(path)
     else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(to_timm(network), path)
+        print("in timm:", save_for_timm(network, card.model, path))
     print(f"written: {path}")
     return path
 

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, ListConfig
 from PIL import Image
 from torch import Tensor
 
-from configs.checks import check_complete, check_whole
+from configs.checks import check_complete, check_predict
 from configs.messages import run_as_command, run_job
 from configs.resolvers import register_resolvers
 from data.decoding import UNREADABLE, read_image
@@ -62,16 +62,15 @@ def predict(cfg: DictConfig) -> list[Any]:
         ValueError, OSError: the checkpoint cannot be used, no image can be read, or the file cannot be written.
     """
     check_complete(cfg)
-    check_whole(cfg, "batch_size", 1)
     out = usable_path(cfg.out)
     weights, _ = open_ckpt(cfg.ckpt, cfg.average)
+    check_predict(cfg, weights.is_detector)
     network, card = open_network(weights), weights.card
     assert card is not None  # or it would not have opened
     sources = list(cfg.images) if isinstance(cfg.images, ListConfig) else [str(cfg.images)]
     files, read, names = find_files(sources, EXTENSIONS), Reader(card), card.class_names
     if isinstance(network, SSD):
-        pictures = Path(cfg.pictures).expanduser() if cfg.pictures else None
-        options = {"min_score": cfg.min_score, "pictures": pictures, "batch_size": cfg.batch_size}
+        options = {"min_score": cfg.min_score, "pictures": cfg.pictures, "batch_size": cfg.batch_size}
         found: Any = predict_boxes(network, files, read.both, names, **options)
     else:
         found = predict_files(network, files, read.image, names, top=cfg.top, batch_size=cfg.batch_size)

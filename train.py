@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch import nn
 
-from configs.checks import check_monitor, check_train, without_regularization
+from configs.checks import check_train
 from configs.messages import EXIT_REQUEUE, run_as_command, run_job
 from configs.resolvers import register_resolvers
 from configs.results import RunRecord, model_size, recorded
@@ -41,12 +41,11 @@ def train(cfg: DictConfig) -> dict[str, float]:
     given = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
     if cfg.resume is not None:
         cfg = resumed_config(cfg.resume, given, cfg)
-    without_regularization(cfg)
     check_train(cfg)
     weights, checkpoint = dict[str, Any](), checkpoint_to_resume(cfg.resume)
     if checkpoint is None and cfg.pretrained is not None:
         found = find_weights(cfg.pretrained, cfg.model.name, cfg.condconv.experts, cfg.condconv.init)
-        adopt_normalization(cfg, found.normalization)
+        adopt_normalization(cfg, found.normalization if cfg.resume is None else None)  # of a resumed run it is saved
         # The saved config builds the network without the file, so it must say what the file brought.
         OmegaConf.update(cfg, "model.timm_options", {**found.timm_options, **cfg.model.timm_options}, force_add=True)
         weights = {"pretrained": found, "new_classifier": cfg.new_classifier}
@@ -60,7 +59,6 @@ def train(cfg: DictConfig) -> dict[str, float]:
     recipe = {key: instantiate(cfg.optim[key], _convert_="all") for key in ("optimizer", "schedule")}
     module = instantiate(cfg.task, _partial_=True)(net, datamodule.num_classes, **recipe)
     module.check_data(datamodule)
-    check_monitor(cfg.callbacks, module.figure_names)
     callbacks = [c for c in instantiate(cfg.callbacks, _convert_="all").values() if c is not None]
     loggers = [logger for logger in instantiate(cfg.logger, _convert_="all").values() if logger is not None]
     record = RunRecord(Path(cfg.paths.run), cfg.name, given, model_size(net, cfg.data.image_size))

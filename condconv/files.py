@@ -13,6 +13,8 @@ import io
 import os
 import shutil
 import struct
+import sys
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -130,3 +132,19 @@ def seal_holds(path: str | Path) -> bool | None:
             left -= len(chunk)
         digest.update(b"\0\0")  # the length of the comment, before there was one
         return digest.hexdigest().encode() == seal[len(_MARK) :]
+
+
+def newest_good(path: Path) -> Path | None:
+    """The newest undamaged version of a checkpoint (`last.ckpt`, `last-1.ckpt`, ...), with a warning if it is older."""
+    for found in versions(path):
+        if found != path and path.is_file():
+            print(f"warning: {path} is damaged or truncated; going back to the one before, {found}", file=sys.stderr)
+        if _is_good(found):
+            return found
+    return None
+
+
+def _is_good(path: Path) -> bool:
+    """Whether the checksum matches; without one, whether it is a complete archive at all."""
+    holds = seal_holds(path)
+    return zipfile.is_zipfile(path) if holds is None else holds

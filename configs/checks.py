@@ -9,7 +9,7 @@ import math
 import os
 import re
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ SECRET = re.compile(r"api_?key|token|password|passwd|secret|credential", re.IGNO
 
 
 def check_train(cfg: DictConfig) -> None:
-    """Check the config of train.py.
+    """Check the config of train.py, and set regularisers to 0 where it asks for that.
 
     Raises:
         UserError: the first mistake found.
@@ -36,6 +36,7 @@ def check_train(cfg: DictConfig) -> None:
         raise UserError("data=as_trained is for eval.py; choose a data set: data=digits, data=imagenet data.root=...")
     check_whole(cfg, "data.batch_size_per_device", 1)
     check_complete(cfg)
+    _without_regularization(cfg)
     check_no_secrets(cfg)
     check_condconv(cfg.condconv)
     for key in ("task.label_smoothing", "model.drop_rate", "model.drop_path_rate"):
@@ -45,34 +46,6 @@ def check_train(cfg: DictConfig) -> None:
     check_seed(cfg)
     check_trainer(cfg.trainer)
     check_writable(Path(cfg.paths.run))
-
-
-def without_regularization(cfg: DictConfig) -> None:
-    """Set every regulariser that the config has to 0, where it asks for that."""
-    if cfg.regularization:
-        return
-    for key in REGULARIZERS:
-        if OmegaConf.select(cfg, key) is not None:
-            OmegaConf.update(cfg, key, 0.0)
-
-
-def check_monitor(callbacks: DictConfig, figure_names: Sequence[str]) -> None:
-    """The figure that the best checkpoint goes by is one that the evaluations have; else the first epoch ends in vain.
-
-    Raises:
-        UserError: it is not.
-    """
-    monitor = OmegaConf.select(callbacks, "checkpoint.monitor")
-    if monitor is None:
-        return
-    if callbacks.get("average") is None and str(monitor).startswith("val_ema/"):
-        instead = str(monitor).replace("val_ema/", "val/")
-        raise UserError(
-            f"callbacks.checkpoint.monitor={monitor}: without callbacks.average no averaged weights are evaluated. "
-            f"Add callbacks.checkpoint.monitor={instead}"
-        )
-    stages = ["val"] if callbacks.get("average") is None else ["val", "val_ema"]
-    check_choice("monitor", monitor, [f"{stage}/{name}" for stage in stages for name in figure_names])
 
 
 def check_eval(cfg: DictConfig) -> None:
@@ -108,6 +81,32 @@ def check_analysis(cfg: DictConfig) -> None:
         raise UserError("analysis= runs in one process: add trainer.devices=1 trainer.num_nodes=1.")
     if cfg.compile:
         raise UserError("analysis= changes routing inside the network, which compile=true would not see: leave it out.")
+
+
+def check_export(cfg: DictConfig, is_detector: bool, has_data: bool) -> None:
+    """What export.py is asked for goes together, and with the network.
+
+    Args:
+        cfg: the config.
+        is_detector: of the network.
+        has_data: the checkpoint says which data it was trained on.
+    """
+    if cfg.int8 and (cfg.format != "onnx" or is_detector):
+        raise UserError("int8=true goes with format=onnx, and with classifiers alone.")
+    if cfg.int8 and cfg.data.get("_target_") is None and not has_data:
+        raise UserError("int8=true needs images to calibrate with, and a file of weights names none: add data=...")
+    if cfg.dynamic_size and cfg.format != "onnx":
+        raise UserError("dynamic_size=true goes with format=onnx.")
+    if cfg.format in ("hub", "timm") and is_detector:
+        raise UserError(f"format={cfg.format} is for classifiers alone: take safetensors, onnx or torch_export.")
+
+
+def check_predict(cfg: DictConfig, is_detector: bool) -> None:
+    """What predict.py is asked for goes with the network."""
+    for key in ("batch_size", "top"):
+        check_whole(cfg, key, 1)
+    if cfg.pictures and not is_detector:
+        raise UserError("pictures= is of detectors: a classifier has no boxes to draw.")
 
 
 def check_classes(cfg: DictConfig, of_network: int | None, of_data: int) -> int:
@@ -189,8 +188,8 @@ def check_trainer(cfg: DictConfig) -> None:
         )
 
 
-def check_writable(folder: Path, remedy: str = "Set paths.outputs=...") -> None:
-    """The folder for results can be made and written to."""
+def check_writable(folder: Path) -> None:
+    """The run's folder can be made and written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable-{socket.gethostname()}-{os.getpid()}"  # several processes may look at once
@@ -198,9 +197,9 @@ def check_writable(folder: Path, remedy: str = "Set paths.outputs=...") -> None:
         probe.unlink()
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(f"Cannot write to the output folder {folder}: {reason}. {remedy}") from error
+        raise UserError(f"Cannot write to the output folder {folder}: {reason}. Set paths.outputs=...") from error
     if not os.access(folder, os.W_OK):
-        raise UserError(f"Cannot write to the output folder {folder}. {remedy}")
+        raise UserError(f"Cannot write to the output folder {folder}. Set paths.outputs=...")
 
 
 def check_choice(key: str, value: Any, choices: list[str]) -> None:
@@ -208,6 +207,15 @@ def check_choice(key: str, value: Any, choices: list[str]) -> None:
     if value not in choices:
         hint = did_you_mean(str(value), choices)
         raise UserError(f"{key}={value}: there is no such choice. {hint}Choose one of: {', '.join(choices)}.")
+
+
+def _without_regularization(cfg: DictConfig) -> None:
+    """Set every regulariser that the config has to 0, where it asks for that."""
+    if cfg.regularization:
+        return
+    for key in REGULARIZERS:
+        if OmegaConf.select(cfg, key) is not None:
+            OmegaConf.update(cfg, key, 0.0)
 
 
 def check_whole(cfg: DictConfig, key: str, smallest: int, prefix: str = "") -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from condconv.files import seal_holds, versions
+from condconv.files import newest_good, seal_holds
 from configs.messages import UserError
 
 CONFIG_FILE = "config.yaml"
@@ -77,22 +75,6 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if CONFIG_KEY not in checkpoint:
         checkpoint[CONFIG_KEY] = _config_beside(path)
     return checkpoint
-
-
-def newest_good(path: Path) -> Path | None:
-    """The newest undamaged version of a checkpoint (`last.ckpt`, `last-1.ckpt`, ...), with a warning if it is older."""
-    for found in versions(path):
-        if found != path and path.is_file():
-            print(f"warning: {path} is damaged or truncated; going back to the one before, {found}", file=sys.stderr)
-        if _is_good(found):
-            return found
-    return None
-
-
-def _is_good(path: Path) -> bool:
-    """Whether the checksum matches; without one, whether it is a complete archive at all."""
-    holds = seal_holds(path)
-    return zipfile.is_zipfile(path) if holds is None else holds
 
 
 def analysis_folder(cfg: DictConfig) -> Path:

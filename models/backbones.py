@@ -16,7 +16,7 @@ from torch import nn
 
 from condconv.convert import Patterns, convert
 from condconv.patterns import matches
-from condconv.routing import DEFAULT_GAIN, check_routing
+from condconv.routing import DEFAULT_GAIN, SoftmaxRouter, check_routing
 from condconv.upcycle import UPCYCLES
 from models.freezing import freeze as freeze_part
 from models.initializers import INITIALIZERS
@@ -170,6 +170,10 @@ def create_model(
         )
         if weights is not None and not weights.is_static:
             load_weights(network, weights, name, left_out)
+            if weights.card is not None and weights.card.model.get("temperature", temperature) != temperature:
+                for router in network.modules():  # it came with the weights, but another was asked for
+                    if isinstance(router, SoftmaxRouter):
+                        router.set_temperature(temperature)
     if classifier_std is not None and num_classes > 0 and (weights is None or new_classifier):
         _draw_classifier(network, backbone.classifier, classifier_std)
     freeze_part(network, freeze, backbone.classifier if num_classes else "")

@@ -12,7 +12,7 @@ from condconv.checkpoints import load_complete
 from models.backbones import create_model
 from models.weights import CONFIG_FILE, HUB, WEIGHTS_FILE, Card, Weights, read_weights, save_weights
 
-_ARGUMENTS = ("model", "normalization", "image_size", "crop_fraction", "interpolation", "class_names")
+_ARGUMENTS = ("model", "normalization", "image_size", "crop_fraction", "interpolation", "class_names", "averaged")
 
 
 class HubNetwork(
@@ -33,6 +33,7 @@ class HubNetwork(
         image_size: in pixels.
         crop_fraction, interpolation: of the evaluation crop.
         class_names: in the order of the outputs, or none.
+        averaged: whether the weights are a moving average.
     """
 
     def __init__(
@@ -43,11 +44,12 @@ class HubNetwork(
         crop_fraction: float = 0.875,
         interpolation: str = "bicubic",
         class_names: list[str] | None = None,
+        averaged: bool = False,
     ) -> None:
         super().__init__()
         names = tuple(class_names or ())
-        self.card = Card(dict(model), normalization, image_size, crop_fraction, interpolation, names)
-        self.net = create_model(**model)
+        self.card = Card(dict(model), normalization, image_size, crop_fraction, interpolation, names, averaged)
+        self.net = create_model(**{**model, "backend": "auto"})  # not that of another machine
 
     @classmethod
     def of(cls, weights: Weights) -> HubNetwork:

@@ -54,7 +54,7 @@ def predict_boxes(
     class_names: Sequence[str],
     *,
     min_score: float = 0.3,
-    pictures: Path | None = None,
+    pictures: str | Path | None = None,
     batch_size: int = 32,
 ) -> Iterator[BoxPrediction]:
     """Predict file by file, in order; what cannot be read gets an error and the rest is done.
@@ -69,6 +69,7 @@ def predict_boxes(
         batch_size: images per forward pass.
     """
     network.eval()
+    folder = Path(pictures).expanduser() if pictures else None
     for start in range(0, len(files), batch_size):
         found = [_read(file, read) for file in files[start : start + batch_size]]
         images = [each[0] for each in found if not isinstance(each, str)]
@@ -81,10 +82,10 @@ def predict_boxes(
             scale = torch.tensor([each[1].width, each[1].height] * 2) / network.image_size
             detection["boxes"] = detection["boxes"] * scale
             picture = ""
-            if pictures is not None:
-                pictures.mkdir(parents=True, exist_ok=True)
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
                 drawn = draw_detections(each[1], detection, class_names, min_score=min_score)
-                picture = str(pictures / f"{number:04d}-{file.stem}.png")
+                picture = str(folder / f"{number:04d}-{file.stem}.png")
                 drawn.save(picture)
             yield BoxPrediction(str(file), _boxes(detection, class_names, min_score), routing, picture=picture)
 

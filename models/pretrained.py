@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from condconv.checkpoints import from_timm, load_complete
+from condconv.checkpoints import from_timm, load_complete, to_timm
 from condconv.upcycle import UPCYCLES
 from models.weights import HUB, Weights, read_weights
 
@@ -23,6 +24,8 @@ PUBLISHED: Mapping[tuple[str, int], str] = {
 _TORCHVISION_BY_POSITION = ("mobilenet_v2", "efficientnet_b0")
 
 
+# What a detector's weights learned to correct: boxes of other anchors have other codes.
+_ANCHORS = ("min_scale", "max_scale", "aspect_ratios", "reduce_lowest", "strides", "num_maps")
 # By whether the weights are of a detector.
 _TARGETS = {False: "models.create_model", True: "models.create_detector"}
 _TASKS = {False: "models.classification.ClassificationModule", True: "models.detection.DetectionModule"}
@@ -47,6 +50,10 @@ def find_weights(pretrained: str | Path | Weights, name: str, experts: int, init
             raise ValueError(f"no weights of {name} with {experts} experts were published; there are {known}")
         pretrained = f"{HUB}{PUBLISHED[name, experts]}"
     weights = pretrained if isinstance(pretrained, Weights) else read_weights(pretrained)
+    if weights.is_detector and weights.is_static and experts:
+        raise ValueError(
+            f"{weights.source} holds a static detector, which cannot get experts: start from a classifier's weights"
+        )
     if weights.is_static and experts and init not in UPCYCLES:
         raise ValueError(
             f"{weights.source} holds a static network: init={init!r} would leave its experts untrained. Give "
@@ -69,11 +76,15 @@ def check_card(weights: Weights, asked: Mapping[str, Any]) -> None:
     if weights.card is None:
         return
     theirs = weights.card.model
-    keys = ("name", "arch", "width", "depth", "small_input") + (() if weights.is_static else ("routing",))
+    keys = ("name", "arch", "width", "depth", "small_input", *_ANCHORS) + (() if weights.is_static else ("routing",))
+
+    def plain(value: Any) -> Any:
+        return [plain(each) for each in value] if isinstance(value, list | tuple) else value
+
     different = [
         f"{key}={theirs[key]!r} in the file, {asked[key]!r} asked for"
         for key in keys
-        if key in theirs and theirs[key] != asked[key]
+        if key in theirs and key in asked and plain(theirs[key]) != plain(asked[key])
     ]
     if different:
         raise ValueError(f"{weights.source} is of another network, so nothing was loaded: {'; '.join(different)}")
@@ -157,6 +168,37 @@ def _from_torchvision(state: Mapping[str, Tensor], network: nn.Module, source: s
     return dict(zip(own, state.values(), strict=True))
 
 
+def timm_name(model: Mapping[str, Any]) -> str:
+    """The network of timm that computes the same from the same weights.
+
+    Raises:
+        ValueError: there is none: another architecture, or padding and epsilon that are of none of them.
+    """
+    sizes = {"efficientnet_b0": "b0", "efficientnet_b0_depth": "b1"}
+    plain = model.get("width", 1.0) == 1.0 and model.get("depth", 1.0) == 1.0 and not model.get("small_input")
+    if model.get("name") not in sizes or not plain:
+        raise ValueError(
+            "format=timm: timm has CondConv for efficientnet_b0 and efficientnet_b0_depth in full width alone."
+        )
+    options = model.get("timm_options") or {}
+    prefixes = {("same", 1e-3): "tf_", ("", 1e-5): ""}
+    found = (options.get("pad_type", ""), options.get("bn_eps", 1e-5))
+    if found not in prefixes:
+        raise ValueError(
+            f"format=timm: timm's networks have TensorFlow's padding and epsilon (pad_type: same, bn_eps: 0.001) or "
+            f"neither, this one {found[0] or 'symmetric'!r} padding and {found[1]}: none computes the same."
+        )
+    return f"{prefixes[found]}efficientnet_cc_{sizes[model['name']]}_{model['experts']}e"
+
+
+def save_for_timm(network: nn.Module, model: Mapping[str, Any], path: Path) -> str:
+    """Write a state dict that timm loads; returns the name of timm's network, see `timm_name`."""
+    name = timm_name(model)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(to_timm(network), path)
+    return name
+
+
 def open_network(weights: Weights) -> nn.Module:
     """The network of a file of ours, built from its card, with its weights, in eval mode.
 
@@ -171,6 +213,7 @@ def open_network(weights: Weights) -> nn.Module:
             f"{weights.source} does not say which network it is of: it was not written by export.py, save_pretrained "
             "or train.py. Build the network with create_model(name, ..., pretrained=<file>)"
         )
-    network = create_detector(**weights.card.model) if weights.is_detector else create_model(**weights.card.model)
+    model = {**weights.card.model, "backend": "auto"}  # not that of another machine
+    network = create_detector(**model) if weights.is_detector else create_model(**model)
     load_complete(network, weights.state, weights.source)
     return network.eval()

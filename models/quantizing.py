@@ -79,7 +79,8 @@ def _nodes(model: onnx.ModelProto) -> tuple[list[str], list[str]]:
     left: list[str] = []
     for node in model.graph.node:
         if node.op_type in _PRODUCTS:
-            static = node.input[1] in constants and ".router." not in node.input[1]
+            mixing = ".router." in node.input[1] or node.input[1].endswith(".bias")  # of routing weights
+            static = node.input[1] in constants and not mixing
             (quantized if static else left).append(node.name)
     return quantized, left
 

@@ -96,6 +96,9 @@ def create_detector(
     weights = None
     if pretrained is not None:
         weights = find_weights(pretrained, backbone_name, experts, str(backbone_options.get("init", "network")))
+    if weights is not None and weights.is_detector:
+        given = backbone_options.get("timm_options") or {}
+        backbone_options["timm_options"] = {**weights.timm_options, **given}
     routing_options = {
         "routing": routing,
         "dropout": dropout,
@@ -142,7 +145,9 @@ def create_detector(
     if weights is not None and not weights.is_detector:
         _report(weights, detector)
     if weights is not None and weights.is_detector:
-        check_card(weights, {"name": name, "width": width, "routing": routing})
+        asked = {"name": name, "width": width, "routing": routing, "strides": strides, "num_maps": num_maps}
+        asked |= {"min_scale": min_scale, "max_scale": max_scale, "aspect_ratios": aspect_ratios}
+        check_card(weights, asked | {"reduce_lowest": reduce_lowest})
         load_detector(detector, weights, new_classifier)
     freeze_part(detector, freeze, "head")
     return detector

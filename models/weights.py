@@ -20,6 +20,7 @@ from torch import Tensor
 
 import condconv
 from condconv.checkpoints import count_experts, has_experts, is_timm_condconv
+from condconv.files import newest_good, seal_holds
 from models.ema import CHECKPOINT_KEY, averaged_weights
 
 FORMAT = 1
@@ -30,7 +31,7 @@ CONFIG_FILE = "config.json"
 LAST_OF_RUN = Path("checkpoints") / "last.ckpt"
 HUB = "hf-hub:"
 # Settings of a run that are not the network: how it began, how it was trained.
-_NOT_THE_NETWORK = ("autotune", "_target_", "pretrained", "new_classifier", "init", "init_noise", "freeze")
+_NOT_THE_NETWORK = ("autotune", "backend", "_target_", "pretrained", "new_classifier", "init", "init_noise", "freeze")
 # timm's CondConv networks were converted from TensorFlow; its padding and epsilon, and images on -1..1.
 _TIMM_OPTIONS = {"pad_type": "same", "bn_eps": 1e-3}
 _TIMM_NORMALIZATION = "half"
@@ -91,6 +92,16 @@ class Card:
         known = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
         return cls(**{**known, "class_names": tuple(known.get("class_names", ()))})
 
+    @property
+    def preparation(self) -> dict[str, Any]:
+        """How images become what the network sees, by the names of the `data` group."""
+        return {
+            "image_size": self.image_size,
+            "normalize": self.normalization,
+            "crop_fraction": self.crop_fraction,
+            "interpolation": self.interpolation,
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {**asdict(self), "class_names": list(self.class_names)}
@@ -127,6 +138,13 @@ class Weights:
         if self.card is not None:
             return self.card.normalization
         return _TIMM_NORMALIZATION if self.is_timm_condconv else None
+
+    @property
+    def preparation(self) -> dict[str, Any]:
+        """What is known of how images become what the network sees, by the names of the `data` group."""
+        if self.card is not None:
+            return self.card.preparation
+        return {"normalize": self.normalization} if self.normalization is not None else {}
 
     @property
     def timm_options(self) -> dict[str, Any]:
@@ -166,8 +184,8 @@ def read_weights(source: str | Path, averaged: bool = True) -> Weights:
     path = Path(source).expanduser()
     if path.is_dir() and (path / WEIGHTS_FILE).is_file():
         path = path / WEIGHTS_FILE
-    elif path.is_dir() and (path / LAST_OF_RUN).is_file():
-        path = path / LAST_OF_RUN
+    elif path.is_dir() and (good := newest_good(path / LAST_OF_RUN)):
+        path = good
     if not path.is_file():
         raise FileNotFoundError(f"there are no weights at {source}")
     return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path, averaged)
@@ -207,9 +225,11 @@ def _read_safetensors(path: Path) -> Weights:
 
 
 def _read_torch(path: Path, averaged: bool) -> Weights:
+    if seal_holds(path) is False:
+        raise ValueError(f"{path} is damaged: its checksum does not match its contents")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{path} holds no weights that could be read without running code in it (torch.load with weights_only=True "
             "fails), or it is truncated"

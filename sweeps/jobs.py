@@ -20,8 +20,9 @@ from typing import Any
 
 import yaml
 
+from condconv.files import newest_good
 from configs.results import METRICS_FILE, ROOT, RunRecord, now, read_result, write_result
-from configs.runs import CONFIG_FILE, LAST, newest_good
+from configs.runs import CONFIG_FILE, LAST
 from sweeps.plan import Job
 
 LOG_FILE = "log.txt"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from configs.messages import run_as_command
 from models import create_model
 from models.hub import HubNetwork
 from models.prediction_file import usable_path
+from models.pretrained import timm_name
 from models.weights import read_weights
 
 MODEL = {"_target_": "models.create_model", "name": "efficientnet_b0", "num_classes": 3, "width": 1.0}
@@ -73,14 +76,61 @@ def test_our_own_formats_and_timms(checkpoint: Path, command: Commands, tmp_path
     assert torch.equal(
         HubNetwork.from_pretrained(tmp_path / "hub").net.classifier.weight, weights.state["classifier.weight"]
     )
-    assert command("export", f"ckpt={tmp_path / 'hub'}", "format=timm", f"out={tmp_path / 't.pth'}")[0] == 0
-    timms = torch.load(tmp_path / "t.pth", weights_only=True)
+    code, out, err = command("export", f"ckpt={tmp_path / 'hub'}", "format=timm", f"out={tmp_path / 'new' / 't.pth'}")
+    assert code == 0 and "in timm: efficientnet_cc_b0_2e" in out, err
+    timms = torch.load(tmp_path / "new" / "t.pth", weights_only=True)
     assert timms["blocks.4.0.routing_fn.weight"].shape == (2, 80) and timms["blocks.4.0.conv_dw.weight"].dim() == 2
+
+
+def test_folders_with_dots_in_their_names_keep_their_exports_apart(
+    checkpoint: Path, command: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("width-0.25", "width-0.5"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        shutil.copy(checkpoint, tmp_path / name / "checkpoints" / "last.ckpt")
+        assert command("export", f"ckpt={tmp_path / name}", "format=safetensors")[0] == 0
+        assert (tmp_path / f"{name}.safetensors").is_file()
+    monkeypatch.chdir(tmp_path / "width-0.5")
+    code, out, err = command("export", "ckpt=.", "format=safetensors")
+    assert code == 0 and "width-0.5.safetensors" in out, err
+
+
+def test_files_of_weights_know_how_their_images_are_prepared(
+    checkpoint: Path, command: Commands, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.safetensors"
+    assert command("export", f"ckpt={checkpoint}", "format=safetensors", f"out={path}")[0] == 0
+    _, prepared = export_module.open_ckpt(str(path), average=True)
+    assert prepared == {"normalize": "half", "image_size": 32, "crop_fraction": 0.875, "interpolation": "bicubic"}
+    code, _, err = command("export", f"ckpt={path}", "format=onnx", "int8=true")
+    assert code == 1 and "int8=true needs images" in err and not (tmp_path / "a.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ({}, "efficientnet_cc_b0_8e"),
+        ({"timm_options": {"pad_type": "same", "bn_eps": 1e-3}}, "tf_efficientnet_cc_b0_8e"),
+        ({"name": "efficientnet_b0_depth"}, "efficientnet_cc_b1_8e"),
+        ({"timm_options": {"pad_type": "same"}}, None),
+        ({"small_input": True}, None),
+        ({"width": 0.5}, None),
+        ({"name": "mobilenet_v1"}, None),
+    ],
+)
+def test_the_network_of_timm_that_computes_the_same(model: dict[str, Any], expected: str | None) -> None:
+    model = {"name": "efficientnet_b0", "experts": 8, "width": 1.0, "depth": 1.0, **model}
+    if expected is None:
+        with pytest.raises(ValueError, match="format=timm"):
+            timm_name(model)
+    else:
+        assert timm_name(model) == expected
 
 
 @pytest.mark.parametrize(
     ("arguments", "fragment"),
     [
+        ("format=torch_export dynamic_size=true", "dynamic_size=true goes with format=onnx"),
         ("format=onxx", "Did you mean 'onnx'"),
         ("form=grouped", "Choose one of: mixture, matmul"),
         ("format=timm int8=true", "int8=true goes with format=onnx"),
@@ -146,6 +196,8 @@ def test_nothing_to_predict(checkpoint: Path, command: Commands, tmp_path: Path)
     assert code == 1 and "none of the 1 images could be read" in err
     assert command("predict", f"ckpt={checkpoint}", f"images={tmp_path / 'none.png'}")[0] == 1
     code, _, err = command("predict", f"ckpt={checkpoint}", f"images={tmp_path}", "batch_size=0")
+    for wrong, said in (("top=-1", "top=-1: expected a whole number"), ("pictures=drawn", "pictures= is of detectors")):
+        assert said in command("predict", f"ckpt={checkpoint}", f"images={tmp_path}", wrong)[2]
     assert code == 1 and "batch_size=0: expected a whole number of at least 1" in err
 
 

@@ -50,7 +50,7 @@ TRAIN_MISTAKES = {
         "without callbacks.average no averaged weights",
         "monitor=val/top1",
     ),
-    "monitor misspelt": ("monitor=val/top_1", "monitor=val/top_1", "Did you mean 'val/top1'?"),
+    "monitor misspelt": ("monitor=val/top_1", "monitor=val/top_1", "Choose one of: val/top1, val/top5, val/loss"),
     "no GPU": ("trainer=gpu", "no GPU", "trainer=cpu"),
     "more devices than there are": ("trainer.devices=64", "trainer.devices=64", "this machine has"),
     "no epochs": ("trainer.max_epochs=0", "trainer.max_epochs=0", "at least 1"),

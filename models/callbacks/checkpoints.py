@@ -14,6 +14,7 @@ from pytorch_lightning.plugins.environments import LightningEnvironment
 
 from models.callbacks.resuming import ExactResume
 from models.checkpoint_files import save
+from models.ema import WeightAverageCallback
 from models.progress import BEFORE_VALIDATION, BETWEEN_BATCHES, BETWEEN_EPOCHS, position
 from models.stopping import Agreement, Stopped, StopRequests, describe
 
@@ -200,6 +201,27 @@ class BestCheckpoint(ModelCheckpoint):
     def __init__(self, *, monitor: str | None = None, mode: str | None = None, **options: Any) -> None:
         is_loss = str(monitor).rpartition("/")[2].startswith("loss")
         super().__init__(monitor=monitor, mode=mode or ("min" if is_loss else "max"), **options)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Before the first step: an evaluation must have the figure, else the first epoch would end in vain.
+
+        Raises:
+            ValueError: it has not.
+        """
+        super().setup(trainer, pl_module, stage)
+        names = getattr(pl_module, "figure_names", ())
+        averaged = any(isinstance(each, WeightAverageCallback) for each in trainer.callbacks)  # type: ignore[attr-defined]
+        known = [f"{part}/{name}" for part in (("val", "val_ema") if averaged else ("val",)) for name in names]
+        if stage != "fit" or self.monitor is None or not names or self.monitor in known:
+            return
+        asked = f"callbacks.checkpoint.monitor={self.monitor}"
+        if self.monitor.startswith("val_ema/") and not averaged:
+            instead = self.monitor.replace("val_ema/", "val/")
+            raise ValueError(
+                f"{asked}: without callbacks.average no averaged weights are evaluated. Add "
+                f"callbacks.checkpoint.monitor={instead}"
+            )
+        raise ValueError(f"{asked}: an evaluation has no such figure. Choose one of: {', '.join(known)}.")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the best epochs so far, also when the run's folder was moved: Lightning would forget them."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ class DetectionFiles(Callback):
     `results.json` and `per_class.csv`, with `-ema` in their names for averaged weights.
 
     Args:
-        folder: made when something is written.
+        folder: made when training or evaluation starts.
         pictures: how many images are drawn; 0 for none.
         min_score: boxes with lower scores are not drawn.
         print_per_class: also print AP of each class.
@@ -73,6 +75,13 @@ class DetectionFiles(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         self._draw(trainer, outputs, batch)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Before an evaluation of hours: the folder can be written to."""
+        if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.folder, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.folder))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._drawn or trainer.sanity_checking:

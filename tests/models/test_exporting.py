@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from condconv import convert
 from models import create_model, list_backbones
 from models.exporting import BATCHES, compare, export_onnx, export_torch, onnx_runner
-from models.quantizing import accuracies, quantize
+from models.quantizing import _nodes, accuracies, quantize
 from models.weights import CARD_KEY, Card
 
 
@@ -74,6 +74,9 @@ def test_onnx_and_int8(tmp_path: Path) -> None:
     assert convolutions and all(node.input[1] in constants for node in convolutions), "a kernel depends on the input"
     run = onnx_runner(exported.path, threads=1)
     assert torch.allclose(run(torch.randn(7, 3, 24, 20))[0], run(torch.randn(7, 3, 24, 20))[0]) is False
+    quantized, _ = _nodes(model)
+    weights = [node.input[1] for node in model.graph.node if node.name in quantized]
+    assert weights and not [name for name in weights if name.endswith(".bias") or ".router." in name]
     small = quantize(exported.path, tmp_path / "int8.onnx", images[:64].split(16))
     assert small.stat().st_size > 0
     kinds = {node.op_type for node in onnx.load(str(small)).graph.node}

@@ -13,10 +13,11 @@ import torchvision
 from torch import Tensor, nn
 
 import models.weights
+from condconv.files import save_sealed
 from condconv.layers import CondConv2d, CondLinear
 from models import create_model, list_backbones
-from models.pretrained import PUBLISHED
-from models.weights import Card, read_weights, save_weights
+from models.pretrained import PUBLISHED, open_network
+from models.weights import Card, Weights, read_weights, save_weights
 
 X = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(5))
 OTHERS = [  # timm's networks that are not on our list
@@ -152,6 +153,38 @@ def test_our_files_say_which_network_they_are_of(tmp_path: Path) -> None:
     safetensors.torch.save_file(weights.state, tmp_path / "newer.safetensors", metadata)
     with pytest.raises(ValueError, match=r"was written by condconv 7\.0 in file format 99; .* Update condconv"):
         read_weights(tmp_path / "newer.safetensors")
+
+
+def test_another_temperature_is_kept_though_the_file_has_one(tmp_path: Path) -> None:
+    settings = {"name": "mobilenet_v1", "num_classes": 10, "experts": 2, "width": 0.25, "routing": "softmax"}
+    state = create_model(**settings, temperature=2.0).state_dict()
+    path = save_weights(tmp_path / "net.safetensors", state, Card({**settings, "temperature": 2.0}))
+
+    def temperatures(**options: float) -> set[float]:
+        network = create_model(**settings, pretrained=path, **options)
+        return {float(value) for key, value in network.state_dict().items() if key.endswith("temperature")}
+
+    assert temperatures(temperature=0.5) == {0.5} and temperatures(temperature=2.0) == {2.0}
+
+
+def test_damaged_checkpoints_are_refused_and_older_ones_taken(tmp_path: Path) -> None:
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    network = create_model("mobilenet_v1", 10, 0, width=0.25)
+    for _ in range(2):
+        save_sealed(network.state_dict(), last, keep=2)
+    data = bytearray(last.read_bytes())
+    data[len(data) // 2] ^= 1
+    last.write_bytes(data)
+    with pytest.raises(ValueError, match=r"last\.ckpt is damaged: its checksum"):
+        read_weights(last)
+    assert read_weights(tmp_path / "run").source == str(last.with_name("last-1.ckpt"))
+
+
+def test_networks_are_opened_on_any_machine() -> None:
+    settings = {"name": "mobilenet_v1", "num_classes": 10, "experts": 2, "width": 0.25}
+    weights = Weights("file", create_model(**settings).state_dict(), Card({**settings, "backend": "triton_pointwise"}))
+    with torch.no_grad():
+        assert open_network(weights)(torch.randn(1, 3, 32, 32)).shape == (1, 10)
 
 
 def test_files_that_hold_code_or_nothing_are_refused(tmp_path: Path) -> None:

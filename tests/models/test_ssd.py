@@ -208,6 +208,16 @@ def test_a_detectors_weights_with_and_without_its_classes(tmp_path: Path) -> Non
     assert torch.equal(other.head.predictors[0].boxes.weight, source.head.predictors[0].boxes.weight)
     with pytest.raises(ValueError, match="width"):
         tiny(2, width=0.5, pretrained=path)
+    # Boxes of other anchors have other codes; epsilon and padding come with the weights.
+    save_weights(path, source.state_dict(), Card({**model, "min_scale": 0.1}))
+    with pytest.raises(ValueError, match=r"min_scale=0\.1 in the file, 0\.2 asked for"):
+        tiny(2, pretrained=path)
+    save_weights(path, source.state_dict(), Card({**model, "timm_options": {"bn_eps": 0.01}}))
+    assert {m.eps for m in tiny(2, pretrained=path).modules() if isinstance(m, torch.nn.BatchNorm2d)} == {0.01}
+    static = tiny(0)
+    save_weights(path, static.state_dict(), Card({**model, "experts": 0}))
+    with pytest.raises(ValueError, match="a static detector, which cannot get experts"):
+        tiny(2, pretrained=path)
 
 
 def test_freezing_the_backbone_leaves_experts_and_the_head() -> None:
