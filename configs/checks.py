@@ -36,7 +36,7 @@ def check_train(cfg: DictConfig) -> None:
         raise UserError("data=as_trained is for eval.py; choose a data set: data=digits, data=imagenet data.root=...")
     check_whole(cfg, "data.batch_size_per_device", 1)
     check_complete(cfg)
-    _without_regularization(cfg)
+    without_regularization(cfg)
     check_no_secrets(cfg)
     check_condconv(cfg.condconv)
     for key in ("task.label_smoothing", "model.drop_rate", "model.drop_path_rate"):
@@ -209,7 +209,7 @@ def check_choice(key: str, value: Any, choices: list[str]) -> None:
         raise UserError(f"{key}={value}: there is no such choice. {hint}Choose one of: {', '.join(choices)}.")
 
 
-def _without_regularization(cfg: DictConfig) -> None:
+def without_regularization(cfg: DictConfig) -> None:
     """Set every regulariser that the config has to 0, where it asks for that."""
     if cfg.regularization:
         return

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from condconv.files import newest_good, versions
+from configs.checks import without_regularization
 from configs.messages import UserError
 from configs.runs import CONFIG_FILE, LAST, plain
 
@@ -93,6 +94,7 @@ def resumed_config(folder: str | Path, overrides: Sequence[str] = (), composed: 
     presets = [each for each in chosen if each.key_or_group in ("experiment", "debug", "sweep")]
     if (groups or presets) and composed is not None:
         cfg = OmegaConf.create(plain(composed))
+        without_regularization(cfg)  # as in the config that was saved
         for key in _matching(saved, _not_compared(saved)):
             if key == "resume_force":
                 continue

@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from condconv.files import save_sealed
+from configs.checks import without_regularization
 from configs.messages import UserError
 from configs.resolvers import register_resolvers
 from configs.resuming import checkpoint_to_resume, resumed_config
@@ -99,6 +100,16 @@ def test_callbacks_and_loggers_are_left_out_or_exchanged(folder: Path) -> None:
     cfg = resume(folder, "callbacks.routing=null", "logger=csv", "trainer.max_epochs=30")
     assert cfg.callbacks.routing is None and list(cfg.logger) == ["csv"] and cfg.trainer.max_epochs == 30
     assert cfg.model.name == "mobilenet_v1" and cfg.logger.csv.folder == str(folder)
+
+
+def test_a_run_without_regularization_may_be_repeated(folder: Path) -> None:
+    words = [*SMALL, "debug=overfit", f"paths.run={folder}"]
+    cfg = composed(*words)
+    without_regularization(cfg)
+    cfg.model.num_classes = 10
+    assert cfg.task.label_smoothing == cfg.optim.optimizer.weight_decay == 0
+    save_config(plain(cfg), folder)
+    assert resume(folder, *words).task.label_smoothing == 0
 
 
 def test_a_group_may_be_changed_by_force(folder: Path) -> None:
