@@ -40,7 +40,7 @@ FAST = ("experts", "upcycled")
 
 def test_every_study_is_here() -> None:
     found = {path.stem for path in (ROOT / "configs" / "sweep" / "cifar10").glob("*.yaml")}
-    assert found == {*JOBS, "backbones"}
+    assert found == {*JOBS, "backbones", "tuning"}
 
 
 @pytest.mark.parametrize(
