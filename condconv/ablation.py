@@ -39,13 +39,8 @@ def changed_routing(model: nn.Module, change: Change) -> Iterator[None]:
     def hook(router: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         return change(names[router], output).to(output.dtype)  # type: ignore[index]
 
-    handles = [router.register_forward_hook(hook) for router in names]
-    try:
-        with hooks_run():
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooks_run([router.register_forward_hook(hook) for router in names]):
+        yield
 
 
 @dataclass(frozen=True)

@@ -313,10 +313,5 @@ def record_routing(model: nn.Module, num_bins: int = 20) -> Iterator[dict[str, R
     def hook(router: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         statistics[names[router]].update(output)
 
-    handles = [router.register_forward_hook(hook) for router in routers.values()]
-    try:
-        with hooks_run():
-            yield statistics
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooks_run([router.register_forward_hook(hook) for router in routers.values()]):
+        yield statistics

@@ -26,6 +26,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from condconv.compress import CompressedLayer
 from condconv.kinds import layer_kind
 from condconv.layers import CondConv2d, CondLinear
+from condconv.recording import hooks_run
 from condconv.routing import Router
 
 
@@ -187,12 +188,8 @@ def _counting(model: nn.Module, counted: dict[str, LayerComplexity]) -> Iterator
         )
 
     names = {model.get_submodule(name): name for name in counted}
-    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in names]
-    try:
+    with hooks_run([module.register_forward_hook(hook, with_kwargs=True) for module in names]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _without_data(model: nn.Module) -> nn.Module:
@@ -213,7 +210,7 @@ def _run(model: nn.Module, size: tuple[int, ...], counted: dict[str, LayerComple
     device = floating[0].device if floating else torch.device("cpu")
     model.eval()
     try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad():
             try:
                 without_data = _without_data(model)
                 with _counting(without_data, counted):

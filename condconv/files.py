@@ -22,6 +22,8 @@ from typing import Any
 import torch
 
 TEMPORARY = ".tmp"
+LAST = Path("checkpoints") / "last.ckpt"
+"""The newest checkpoint, in the folder of a run."""
 _MARK = b"sha256:"
 _SEAL_BYTES = len(_MARK) + 64
 _CHUNK_BYTES = 1 << 24

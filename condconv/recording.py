@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from condconv.layers import CondConv2d, CondLinear
 
 
-def hooks_run() -> AbstractContextManager[None]:
-    """While entered, compiled networks run uncompiled: what is compiled knows nothing of hooks that came later."""
-    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
-    return stance
+@contextmanager
+def hooks_run(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """While entered, compiled networks run uncompiled, since what is compiled knows no later hooks.
+
+    Args:
+        handles: of the hooks, which are removed at the end.
+    """
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -33,10 +43,5 @@ def record_layers(model: nn.Module, receive: Callable[[str, Tensor], None]) -> I
         given = args[1] if len(args) > 1 else kwargs.get("routing_weights")
         receive(names[layer], layer._routing_weights(channels_second, given))
 
-    handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in names]
-    try:
-        with hooks_run():
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooks_run([layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in names]):
+        yield

@@ -118,13 +118,8 @@ def catch_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     def hook(router: Router, args: tuple[Any, ...], output: Tensor) -> None:
         caught[names[router]] = output.detach()
 
-    handles = [router.register_forward_hook(hook) for router in names]
-    try:
-        with hooks_run():
-            yield caught
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooks_run([router.register_forward_hook(hook) for router in names]):
+        yield caught
 
 
 class _Accumulator:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,9 +67,7 @@ def same_random_state(device: torch.device) -> AbstractContextManager[None]:
 def _layer_problems(model: nn.Module) -> Iterator[list[tuple[str, Problem]]]:
     """Collect (layer name, problem) of every CondConv layer with backend "auto" that runs inside the block."""
     found: list[tuple[str, Problem]] = []
-    with ExitStack() as stack:
-        problems = stack.enter_context(recording())
-        stack.enter_context(hooks_run())
+    with recording() as problems:
 
         def note(name: str) -> Any:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -79,10 +77,9 @@ def _layer_problems(model: nn.Module) -> Iterator[list[tuple[str, Problem]]]:
 
             return hook
 
-        for name, module in model.named_modules():
-            if isinstance(module, CondConv2d | CondLinear):
-                stack.callback(module.register_forward_hook(note(name)).remove)
-        yield found
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, CondConv2d | CondLinear)}
+        with hooks_run([layer.register_forward_hook(note(name)) for name, layer in layers.items()]):
+            yield found
 
 
 def layer_problems(model: nn.Module, x: Tensor) -> list[tuple[str, Problem]]:

@@ -12,10 +12,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from condconv.files import newest_good, versions
+from condconv.files import LAST, newest_good, versions
 from configs.checks import without_regularization
 from configs.messages import UserError
-from configs.runs import CONFIG_FILE, LAST, plain
+from configs.runs import CONFIG_FILE, plain
 
 # What does not change what is learned, or only how long: everything else needs resume_force=true. Numerics (backend,
 # compile, memory format) may differ in the last bits.

@@ -12,12 +12,11 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from condconv.files import newest_good, seal_holds
+from condconv.files import LAST, newest_good, seal_holds
 from configs.messages import UserError
 
 CONFIG_FILE = "config.yaml"
 CONFIG_KEY = "config"
-LAST = Path("checkpoints") / "last.ckpt"
 # Of the data: how images become what the network sees.
 PREPARATION = ("image_size", "normalize", "crop_fraction", "interpolation")
 

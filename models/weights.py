@@ -20,7 +20,7 @@ from torch import Tensor
 
 import condconv
 from condconv.checkpoints import count_experts, has_experts, is_timm_condconv
-from condconv.files import newest_good, seal_holds
+from condconv.files import LAST, newest_good, seal_holds
 from models.ema import CHECKPOINT_KEY, averaged_weights
 
 FORMAT = 1
@@ -28,7 +28,6 @@ FORMAT = 1
 CARD_KEY = "condconv"
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
-LAST_OF_RUN = Path("checkpoints") / "last.ckpt"
 HUB = "hf-hub:"
 # Settings of a run that are not the network: how it began, how it was trained.
 _NOT_THE_NETWORK = ("autotune", "backend", "_target_", "pretrained", "new_classifier", "init", "init_noise", "freeze")
@@ -184,7 +183,7 @@ def read_weights(source: str | Path, averaged: bool = True) -> Weights:
     path = Path(source).expanduser()
     if path.is_dir() and (path / WEIGHTS_FILE).is_file():
         path = path / WEIGHTS_FILE
-    elif path.is_dir() and (good := newest_good(path / LAST_OF_RUN)):
+    elif path.is_dir() and (good := newest_good(path / LAST)):
         path = good
     if not path.is_file():
         raise FileNotFoundError(f"there are no weights at {source}")

@@ -19,10 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 
-from condconv.files import newest_good
+from condconv.files import LAST, newest_good
 from configs.messages import UserError
 from configs.results import ROOT, read_result
-from configs.runs import LAST
 from sweeps.evidence_options import HELP, STATIC, STUDIES, Evidence, parse, typed
 
 STUDIES_FILE = ROOT / "docs" / "results" / "cifar10" / "studies.yaml"

@@ -20,9 +20,9 @@ from typing import Any
 
 import yaml
 
-from condconv.files import newest_good
+from condconv.files import LAST, newest_good
 from configs.results import METRICS_FILE, ROOT, RunRecord, now, read_result, write_result
-from configs.runs import CONFIG_FILE, LAST
+from configs.runs import CONFIG_FILE
 from sweeps.plan import Job
 
 LOG_FILE = "log.txt"
