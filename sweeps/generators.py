@@ -87,10 +87,15 @@ def match(cfg: DictConfig, key: str, what: str, wanted: int) -> tuple[float, Com
         (multiplier, counts), None if the model has no such multiplier, or none in `MULTIPLIERS` reaches it.
     """
     tried: dict[float, Complexity] = {}
+    by_shapes: dict[tuple[torch.Size, ...], Complexity] = {}  # many multipliers round to the same network
 
     def counted(multiplier: float) -> Complexity:
         if multiplier not in tried:
-            tried[multiplier] = count(cfg, experts=0, **{f"model.{key}": multiplier})
+            net = build(cfg, experts=0, **{f"model.{key}": multiplier})
+            shapes = tuple(parameter.shape for parameter in net.parameters())
+            if shapes not in by_shapes:
+                by_shapes[shapes] = complexity(net, cfg.data.image_size)
+            tried[multiplier] = by_shapes[shapes]
         return tried[multiplier]
 
     low = high = float(OmegaConf.select(cfg, f"model.{key}") or 1.0)

@@ -192,12 +192,6 @@ def test_debug_presets(preset: str, commands: Commands) -> None:
         assert 1 <= len(set(steps)) <= 3
 
 
-def test_overfit_preset_drives_one_batch_to_certainty(tmp_path: Path) -> None:
-    tiny = [override for override in TINY if not override.startswith("trainer.")]
-    figures = train(compose_train(*tiny, "debug=overfit", f"paths.run={tmp_path}", "callbacks=none", "seed=2"))
-    assert figures["train/top1"] > 0.99, figures
-
-
 def test_logger_none_imports_no_wandb(tmp_path: Path) -> None:
     code = "import sys; from commands import TINY; import train; from configs.messages import run_as_command\n"
     code += f"sys.argv = ['train.py', *TINY, 'debug=fast', 'paths.outputs={tmp_path}']\n"

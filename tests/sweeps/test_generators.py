@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
 
-from condconv.complexity import complexity
+from condconv.complexity import Complexity, complexity
 from models import create_model, list_backbones
 from sweeps.generators import count, depth, iso, match, placements
 from train import register_resolvers
@@ -43,6 +44,11 @@ def test_depths_and_placements_are_possible_for_every_backbone(name: str) -> Non
             cheapest = counted.params
 
 
+@cache
+def widths_by_hand() -> list[Complexity]:
+    return [complexity(create_model("mobilenet_v1", 10, experts=0, width=width / 50), 32) for width in range(14, 36)]
+
+
 @pytest.mark.parametrize("what", ["madds", "params"])
 def test_the_nearest_width_is_found(what: str) -> None:
     """Against trying every width: channels are multiples of 8, so many widths are the same network."""
@@ -51,8 +57,7 @@ def test_the_nearest_width_is_found(what: str) -> None:
     found = match(cfg, "width", what, wanted)
     assert found is not None
     width, counted = found
-    by_hand = [complexity(create_model("mobilenet_v1", 10, experts=0, width=w / 50), 32) for w in range(14, 36)]
-    best = min(abs(getattr(each, what) - wanted) for each in by_hand)
+    best = min(abs(getattr(each, what) - wanted) for each in widths_by_hand())
     assert abs(getattr(counted, what) - wanted) <= best
     built = complexity(create_model("mobilenet_v1", 10, experts=0, width=width), 32)
     assert (built.params, built.madds) == (counted.params, counted.madds), "as train.py will build it"
