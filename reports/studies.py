@@ -41,6 +41,7 @@ class Study:
         runs: names of runs without their seeds, folders below the root, as in "experts/experts-8".
         baseline: see `reports.comparison.compare`; None for each group's static twin.
         figures: names of the charts that are shown.
+        seeds: that its runs should have, if not those of the page.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Study:
     runs: tuple[str, ...]
     baseline: str | None = None
     figures: tuple[str, ...] = FIGURES
+    seeds: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def select(
     """The part of a study, with its runs compared.
 
     Args:
-        seeds: that every group should have; what there is of others counts too.
+        seeds: that every group should have if the study names none; what there is of others counts too.
         of_name: name without seed -> seed -> run.
         known: names of runs that an earlier study of the page has: without a run of its own, a study was not run.
     """
@@ -126,7 +128,7 @@ def select(
     fresh = [name for name in study.runs if name not in known]
     for name in fresh or study.runs:
         states: dict[str, list[str]] = {}
-        for seed in dict.fromkeys([*map(str, seeds), *of_name.get(name, {})]):
+        for seed in dict.fromkeys([*map(str, study.seeds or seeds), *of_name.get(name, {})]):
             run = of_name.get(name, {}).get(seed)
             if run is None or run.status == "not started":
                 states.setdefault("not run", []).append(seed)

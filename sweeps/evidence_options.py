@@ -25,7 +25,7 @@ HELP = """Run the studies of docs/results/cifar10.md, go on where they stopped, 
   protocol=    reduced (CPUs: 20,000 images, 25 epochs) or full (GPUs: all images, 100 epochs) [reduced]
   runs=        folder of the runs [outputs/evidence/<protocol>]
   jobs=        how many at a time, one thread each [as many as cores; 1 with a GPU]
-  seeds=       [1,2,3; full: 1,2,3,4,5]
+  seeds=       of all but tuning, which has its own [1,2,3; full: 1,2,3,4,5]
   order=       studies: one study after the other; seeds: all studies of the first seed first [studies]
   keep=        a folder of collected runs that count as done: docs/results/cifar10/runs; null: from scratch [null]
   out=         folder of the report; null: none [<runs>-report]
@@ -34,9 +34,11 @@ Any other key=value is passed on to every training (trainer=gpu, trainer.max_epo
 their state; the same command goes on. Exit code: 0, 1 if a job failed, 130 if stopped.
 """
 OPTIONS = ("studies", "protocol", "runs", "jobs", "seeds", "order", "keep", "out")
-STUDIES = ("experts", "second_backbone", "upcycled", "router_gain", "controls", "first_block", "routing")
+STUDIES = ("experts", "second_backbone", "tuning", "upcycled", "router_gain", "controls", "first_block", "routing")
 STUDIES += ("causes", "rates", "regimes")
 """In the order in which they are run; `upcycled` needs the static networks of `experts`."""
+OWN_SEEDS: Mapping[str, tuple[str, ...]] = {"tuning": ("11",)}
+"""Of studies that seeds= does not reach: what is tuned on held-out images shares no seed with what is compared."""
 PROTOCOLS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "reduced": (STUDIES, "1,2,3"),
     "full": (("experts", "backbones", *STUDIES[2:-1]), "1,2,3,4,5"),
@@ -77,9 +79,10 @@ class Evidence:
 
     def steps(self) -> list[tuple[str, tuple[str, ...]]]:
         """(study, seeds) in the order in which they are run."""
-        if self.by_seed:
-            return [(study, (seed,)) for seed in self.seeds for study in self.studies]
-        return [(study, self.seeds) for study in self.studies]
+        if not self.by_seed:
+            return [(study, OWN_SEEDS.get(study, self.seeds)) for study in self.studies]
+        own = [(study, OWN_SEEDS[study]) for study in self.studies if study in OWN_SEEDS]
+        return own + [(study, (seed,)) for seed in self.seeds for study in self.studies if study not in OWN_SEEDS]
 
 
 def parse(words: Sequence[str]) -> Evidence:

@@ -136,10 +136,17 @@ def test_each_seed_of_an_upcycled_network_is_in_one_group(tmp_path: Path) -> Non
     assert re.search(r"\| 8 experts \| 2 \| [\d.]+ ± [\d.]+ \| \+0.00", plain)
 
 
+def test_a_study_may_have_seeds_of_its_own(runs: Path, tmp_path: Path) -> None:
+    own = FILE.replace("runs: [backbone/e-0, backbone/e-8]", "runs: [backbone/e-0, backbone/e-8], seeds: [11]")
+    plain, _, _ = make(runs, tmp_path / "out", file=own)
+    assert "backbone/e-0 (seeds 11) not run; backbone/e-8 (seeds 11) not run" in plain
+    assert "dropout/e-8 (seeds 3) not run" in plain, "the others have those of the page"
+
+
 def test_the_studies_of_cifar10_are_those_of_the_sweeps() -> None:
     studies = read_studies(ROOT / "docs" / "results" / "cifar10" / "studies.yaml")
     folders = {name.partition("/")[0] for study in studies.studies for name in study.runs}
     sweeps = {path.stem for path in (ROOT / "configs" / "sweep" / "cifar10").glob("*.yaml")}
-    assert folders == sweeps - {"backbones", "tuning"}  # of the full protocol; before a comparison
+    assert folders == sweeps - {"backbones"}  # of the full protocol
     assert studies.target is not None
     assert set(studies.target.studies) <= {study.name for study in studies.studies}

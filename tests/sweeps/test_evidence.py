@@ -44,6 +44,10 @@ def test_the_order(data: Path) -> None:
     assert [study for study, _ in all_of_it.steps()] == list(STUDIES) and all_of_it.seeds == ("1", "2", "3")
     chosen = parse([f"data.root={data}", "studies=upcycled,experts", "order=seeds", "seeds=1,2"])
     assert chosen.steps() == [(s, (n,)) for n in "12" for s in ("experts", "upcycled")], "upcycled needs the others"
+    for order in ("seeds", "studies"):  # what tunes has a seed of its own, once
+        tuned = parse([f"data.root={data}", "studies=tuning,experts", "seeds=1,2", f"order={order}"]).steps()
+        assert [step for step in tuned if step[0] == "tuning"] == [("tuning", ("11",))]
+        assert [seed for study, seeds in tuned for seed in seeds if study == "experts"] == ["1", "2"]
     full = parse([f"data.root={data}", "protocol=full"])
     assert full.studies == PROTOCOLS["full"][0] and full.seeds == ("1", "2", "3", "4", "5")
     assert "backbones" in full.studies and not {"second_backbone", "regimes"} & set(full.studies)
