@@ -21,7 +21,7 @@ HELP = """Run the studies of docs/results/cifar10.md, go on where they stopped, 
 
   data.root=   folder with train/ and val/, one folder of CIFAR-10's image files per class
   studies=     some of {studies};
-               full: backbones too, and neither second_backbone nor regimes [all of the protocol]
+               full: backbones too, but not second_backbone, tuned, regimes [all of the protocol]
   protocol=    reduced (CPUs: 20,000 images, 25 epochs) or full (GPUs: all images, 100 epochs) [reduced]
   runs=        folder of the runs [outputs/evidence/<protocol>]
   jobs=        how many at a time, one thread each [as many as cores; 1 with a GPU]
@@ -34,14 +34,14 @@ Any other key=value is passed on to every training (trainer=gpu, trainer.max_epo
 their state; the same command goes on. Exit code: 0, 1 if a job failed, 130 if stopped.
 """
 OPTIONS = ("studies", "protocol", "runs", "jobs", "seeds", "order", "keep", "out")
-STUDIES = ("experts", "second_backbone", "tuning", "upcycled", "router_gain", "controls", "first_block", "routing")
-STUDIES += ("causes", "rates", "regimes")
+STUDIES = ("experts", "second_backbone", "tuning", "tuned", "upcycled", "router_gain", "controls")
+STUDIES += ("first_block", "routing", "causes", "regimes")
 """In the order in which they are run; `upcycled` needs the static networks of `experts`."""
 OWN_SEEDS: Mapping[str, tuple[str, ...]] = {"tuning": ("11",)}
 """Of studies that seeds= does not reach: what is tuned on held-out images shares no seed with what is compared."""
 PROTOCOLS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "reduced": (STUDIES, "1,2,3"),
-    "full": (("experts", "backbones", *STUDIES[2:-1]), "1,2,3,4,5"),
+    "full": (("experts", "backbones", "tuning", *STUDIES[4:-1]), "1,2,3,4,5"),
 }
 FULL_EXPERTS = "condconv.experts=0,8,16,4,2,1"
 # What experiment=cifar10/upcycled changes of the reduced protocol.

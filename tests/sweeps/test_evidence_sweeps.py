@@ -23,9 +23,8 @@ JOBS = {
     "causes": "router_gain-0.0_router-0.0_experts-8 router_gain-0.0_router-0.0_model-resnet18_width-0.125_experts-8 "
     "expert-0.5_experts-8 expert-0.0_experts-8 router-10.0_experts-8 "
     "router-0.1_experts-8 expert_dropout-0.1_experts-8 init-independent_experts-8",
-    "rates": " ".join(
-        f"{model}_base_lr-{rate}_experts-{experts}"
-        for rate in (0.8, 0.2)
+    "tuned": " ".join(
+        f"{model}_base_lr-0.8_experts-{experts}"
         for experts in (0, 8)
         for model in ("model-resnet18_width-0.125", "model-mobilenet_v1")
     ),
