@@ -11,7 +11,7 @@ from models import list_backbones
 from train import register_resolvers, train
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-FAST = ("mobilenet_v2", 8)
+FAST = ("mobilenet_v1", 8)
 CASES = [
     pytest.param(backbone, experts, marks=() if (backbone, experts) == FAST else pytest.mark.slow)
     for backbone in list_backbones()
