@@ -39,9 +39,11 @@ STUDIES += ("first_block", "routing", "causes", "regimes")
 """In the order in which they are run; `upcycled` needs the static networks of `experts`."""
 OWN_SEEDS: Mapping[str, tuple[str, ...]] = {"tuning": ("11",)}
 """Of studies that seeds= does not reach: what is tuned on held-out images shares no seed with what is compared."""
+ONLY_REDUCED = ("second_backbone", "tuned", "regimes")
+"""`backbones` and the full recipe hold the first and the last already; `tuned` has the rates of the reduced recipe."""
 PROTOCOLS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "reduced": (STUDIES, "1,2,3"),
-    "full": (("experts", "backbones", "tuning", *STUDIES[4:-1]), "1,2,3,4,5"),
+    "full": (("experts", "backbones", *(study for study in STUDIES[1:] if study not in ONLY_REDUCED)), "1,2,3,4,5"),
 }
 FULL_EXPERTS = "condconv.experts=0,8,16,4,2,1"
 # What experiment=cifar10/upcycled changes of the reduced protocol.
