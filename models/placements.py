@@ -1,8 +1,10 @@
-"""Which layers of which network the paper replaces by CondConv layers: tables, no code.
+"""Which layers of which network the paper replaces by CondConv layers, as far as that is known: tables, no code.
 
-Source: Yang et al., *CondConv*, NeurIPS 2019, and the authors' EfficientNet code (tensorflow/tpu). Blocks are numbered
-from 1, in the order of execution, as in the paper's text; squeeze-and-excitation, downsampling projections, stems and
-heads are static everywhere, except where a placement says otherwise.
+Source: Yang et al., *CondConv*, NeurIPS 2019, and the authors' EfficientNet code (tensorflow/tpu). Each default
+placement has a tag that says how sure it is: [seen] in the authors' code; [recalled] from the paper, not checked
+against its text; [derived] from published numbers of parameters; [analogy] with another network, nothing found. Blocks
+are numbered from 1, in the order of execution; squeeze-and-excitation, downsampling projections, stems and heads are
+static everywhere, except where a placement says otherwise.
 """
 
 from __future__ import annotations
@@ -70,8 +72,8 @@ COMMON_PLACEMENTS: Mapping[str, Placement] = {
 
 _MOBILE_STRIDES = ("conv_stem", "blocks.1.0.conv_dw")
 _RESNET_STRIDES = ("conv1", "maxpool")
-_LAST_3_BLOCKS = {"last3": Placement(last_blocks=3, classifier=True)}  # strong derivation: ResNet-18 then has 81.35M
-_LAST_3_STAGES = {"last3stages": Placement(stages=("blocks.[456].*",))}  # authors' code: k5 c112, k5 c192, k3 c320
+_LAST_3_BLOCKS = {"last3": Placement(last_blocks=3, classifier=True)}  # [derived]: ResNet-18 then has 81.35M
+_LAST_3_STAGES = {"last3stages": Placement(stages=("blocks.[456].*",))}  # [seen]: k5 c112, c192, k3 c320
 
 BACKBONES: Mapping[str, Backbone] = {
     "mobilenet_v1": Backbone(
@@ -80,7 +82,7 @@ BACKBONES: Mapping[str, Backbone] = {
         blocks="blocks.*.*",
         exclude=(),
         classifier="classifier",
-        placements={"from6": Placement(from_block=6, classifier=True)},
+        placements={"from6": Placement(from_block=6, classifier=True)},  # [recalled], and our arithmetic agrees
         early_strides=_MOBILE_STRIDES,
     ),
     "mobilenet_v2": Backbone(
@@ -90,8 +92,8 @@ BACKBONES: Mapping[str, Backbone] = {
         exclude=(),
         classifier="classifier",
         placements={
-            "final6": Placement(last_blocks=6, classifier=True),  # the paper's text: +22.1M MADDs
-            # The paper's table has +28M MADDs, which needs nearly all blocks and the last 1x1 convolution.
+            "final6": Placement(last_blocks=6, classifier=True),  # [recalled]: it adds 22.1M MADDs
+            # The paper's table [recalled] has +28M MADDs, which needs nearly all blocks and the last 1x1 convolution.
             "paper_cost": Placement(from_block=1, extra=("conv_head",), classifier=True),
         },
         early_strides=_MOBILE_STRIDES,
@@ -102,7 +104,7 @@ BACKBONES: Mapping[str, Backbone] = {
         blocks="blocks.*.*",
         exclude=("se",),
         classifier="classifier",
-        placements={"final6": Placement(last_blocks=6, classifier=True)},  # by analogy with MobileNetV2
+        placements={"final6": Placement(last_blocks=6, classifier=True)},  # [analogy] with MobileNetV2
         early_strides=_MOBILE_STRIDES,
     ),
     "resnet18": Backbone(
@@ -129,7 +131,7 @@ BACKBONES: Mapping[str, Backbone] = {
         blocks="layer[1-4].*",
         exclude=("downsample",),
         classifier="fc",
-        placements=_LAST_3_BLOCKS,
+        placements=_LAST_3_BLOCKS,  # [analogy] with ResNet-50
         early_strides=_RESNET_STRIDES,
     ),
     "efficientnet_b0": Backbone(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 
 # Before torch, wandb or a hub client is imported: they read these once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -10,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 
+import numpy as np
 import pytest
 import torch
 
@@ -35,6 +37,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def fixed_state() -> None:
-    """Same seed and one thread for every test, whatever ran before it in the same process."""
+    """Same seeds and one thread for every test, whatever ran before it in the same process."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)

@@ -232,13 +232,13 @@ def test_the_help_lists_groups_and_examples(commands: Commands) -> None:
 
 
 def test_autotune_prints_its_choice_and_trains(
-    commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    request.addfinalizer(forget)  # other tests must not find the choices made here
     outcome = commands.train(*TINY, "condconv.autotune=true", "data.batch_size_per_device=8")
     assert outcome.code == 0, outcome.err
     assert "autotune, batch 8, 32 pixels" in outcome.out and " ms" in outcome.out
     assert (tmp_path / "cache" / "condconv" / "autotune.json").is_file()
     (last,) = commands.outputs.rglob("last.ckpt")
     assert commands.eval(f"ckpt={last}").code == 0
-    forget()

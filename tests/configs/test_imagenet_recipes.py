@@ -53,7 +53,7 @@ def test_headers_say_what_to_expect(recipe: str) -> None:
 
 
 def test_the_authors_recipe_is_theirs() -> None:
-    """PAPER.md section 5, number by number, as it reaches the objects."""
+    """The recipe of the authors' EfficientNet code, number by number, as it reaches the objects."""
     cfg = composed("efficientnet_b0_condconv8", "trainer=ddp", "trainer.devices=8")
     assert (cfg.batch_size, cfg.trainer.accumulate_grad_batches, cfg.optim.lr) == (2048, 2, pytest.approx(0.128))
     assert (cfg.trainer.max_epochs, cfg.task.label_smoothing, cfg.trainer.precision) == (350, 0.1, "bf16-mixed")
