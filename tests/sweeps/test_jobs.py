@@ -171,14 +171,18 @@ def test_joblib_jobs_do_not_fight_over_cores(script: Path, monkeypatch: pytest.M
     assert "CONDCONV_SWEEP_PROCESS" not in environments[0]
 
 
-def test_submitit_local(script: Path) -> None:
+def test_submitit_local(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("submitit")
+    monkeypatch.setenv("CONDCONV_DATA", "/somewhere")
     launcher = Submitit(cluster="local", max_at_once=2, timeout_min=1)
     launcher.poll_s = 0.1
     runs = [job(script, how) for how in ("works", "raises")]
     launcher.launch(runs)
     assert [run.state for run in runs] == ["finished", "failed"]
     assert runs[1].error() == "the sky fell" and "done" in runs[0].log_tail()
+    environment = read_result(runs[0].folder)["environment"]
+    assert environment["CONDCONV_DATA"] == "/somewhere" and environment["PATH"] == os.environ["PATH"]
+    assert environment["SLURM_JOB_NAME"] == "bash", "what Lightning asks for"
 
 
 @pytest.mark.parametrize(
