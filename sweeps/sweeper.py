@@ -20,7 +20,7 @@ from hydra.core.utils import JobStatus
 from hydra.core.utils import run_job as run_hydra_job
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from configs.messages import UserError, explain
+from configs.messages import EXIT_REQUEUE, UserError, explain
 from configs.results import code_version, now, read_result
 from sweeps.display import Display
 from sweeps.jobs import JobRun, quoted, state_on_disk
@@ -174,7 +174,7 @@ class GridSweep(Sweep):
 
         Raises:
             UserError: the command cannot be planned, or the folder belongs to another sweep.
-            SystemExit: with 1 if a job failed, with 130 if the sweep was stopped.
+            SystemExit: with `exit_code` if that is not 0.
         """
         folder = self.folder(arguments)
         plan = self.plan(arguments)
@@ -193,10 +193,8 @@ class GridSweep(Sweep):
                 warn_of_other_code(runs, display)
                 self.launch(todo, display)
             display.summary(folder)
-        if self.launcher.stop.is_set():
-            sys.exit(130)
-        if any(run.state == "failed" for run in runs):
-            sys.exit(1)
+        if code := exit_code(runs, self.launcher.stop.is_set()):
+            sys.exit(code)
         return runs
 
     def plan(self, arguments: Sequence[str]) -> Plan:
@@ -220,6 +218,14 @@ class GridSweep(Sweep):
         if found == "finished" or (found == "failed" and not self.config.retry_failed):
             run.state, run.skipped = found, True
         return run.skipped
+
+
+def exit_code(runs: Sequence[JobRun], stopped: bool) -> int:
+    """130 if the sweep was stopped, 1 if a job failed, `EXIT_REQUEUE` if one is to go on (a time limit), else 0."""
+    states = {run.state for run in runs}
+    if stopped:
+        return 130
+    return 1 if "failed" in states else EXIT_REQUEUE if states - {"finished"} else 0
 
 
 def find_generator(name: str) -> Any:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import yaml
 from commands import Commands
 
+from configs.messages import EXIT_REQUEUE
 from configs.results import read_result, write_result
-from sweeps.jobs import state_on_disk
+from sweeps.display import Display
+from sweeps.jobs import JobRun, state_on_disk
+from sweeps.plan import Job
+from sweeps.sweeper import Sweep, exit_code
 
 ROOT = Path(__file__).resolve().parents[2]
 SWEEPS = sorted(path.stem for path in (ROOT / "configs" / "sweep").glob("*.yaml"))
@@ -198,6 +203,27 @@ def test_started_again(commands: Commands) -> None:
     # With other settings the folder is refused: its finished jobs are other trainings.
     code, _, err = commands.train(*grown, f"sweep_dir={folder}", "optim=sgd")
     assert code == 1 and "other settings" in err and "optim=sgd" in err and "sweep_dir=" in err
+
+
+@pytest.mark.parametrize(
+    ("states", "code"),
+    [("finished finished", 0), ("finished interrupted", EXIT_REQUEUE), ("interrupted failed", 1), ("waiting", 130)],
+)
+def test_the_exit_code_says_whether_all_is_done(states: str, code: int) -> None:
+    runs = [JobRun(Job(state, ()), Path(state), [], state=state) for state in states.split()]
+    assert exit_code(runs, stopped=code == 130) == code
+
+
+def time_limit(self: Sweep, runs: Sequence[JobRun], display: Display) -> None:
+    """In place of `Sweep.launch`: every job reaches trainer.max_time."""
+    for run in runs:
+        run.state = "interrupted"
+
+
+def test_a_time_limit_leaves_the_sweep_unfinished(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Sweep, "launch", time_limit)
+    code, out, _ = commands.train("-m", *TINY, "condconv.experts=0")
+    assert code == EXIT_REQUEUE and "1 interrupted" in out and "the same command again" in out
 
 
 def test_mistakes_stop_the_sweep_before_its_first_job(commands: Commands) -> None:
