@@ -299,6 +299,21 @@ def test_a_search_goes_on_where_it_stopped(commands: Commands) -> None:
     assert code == 0 and "best of 4" in out and "running" not in out, "nothing is left to do"
 
 
+def test_a_time_limit_is_not_answered_by_more_trials(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next start begins with the interrupted one, as above."""
+    pytest.importorskip("optuna")
+    rounds: list[str] = []
+
+    def launch(self: Sweep, runs: Sequence[JobRun], display: Display) -> None:
+        assert not rounds, "for ever"
+        rounds.extend(run.name[:9] for run in runs)
+        time_limit(self, runs, display)
+
+    monkeypatch.setattr(Sweep, "launch", launch)
+    code, out, _ = commands.train(*SEARCH, "hydra.sweeper.trials=2")
+    assert code == EXIT_REQUEUE and rounds == ["trial-000"] and "no more trials are started" in out
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
