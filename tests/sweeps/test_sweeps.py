@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import yaml
 from commands import Commands
+from omegaconf import OmegaConf
 
-from configs.messages import EXIT_REQUEUE
+from configs.messages import EXIT_REQUEUE, UserError
 from configs.results import read_result, write_result
 from sweeps.display import Display
 from sweeps.jobs import JobRun, state_on_disk
 from sweeps.plan import Job
-from sweeps.sweeper import Sweep, exit_code
+from sweeps.sweeper import Sweep, check_needs, exit_code
 
 ROOT = Path(__file__).resolve().parents[2]
 SWEEPS = sorted(path.stem for path in (ROOT / "configs" / "sweep").glob("*.yaml"))
@@ -234,12 +235,21 @@ def test_mistakes_stop_the_sweep_before_its_first_job(commands: Commands) -> Non
         ("optim.lr=interval(0,1)", "an interval has no list of values"),
         ("hydra/launcher=submitit", "hydra/launcher"),
         ("sweep=iso condconv.experts=4,8", "condconv.experts: this sweep computes its jobs for one value"),
+        ("sweep=cifar10/upcycled", "This sweep needs condconv.init=upcycle, and its jobs have network"),
         ("sweep=depth model.width=0.25,0.5", "model.width: this sweep computes its jobs for one value"),
     ):
         code, _, err = commands.train("-m", *TINY, *wrong.split())
         assert code == 1 and message in err, (wrong, err)
         assert "Traceback" not in err
     assert not list(commands.outputs.rglob("result.json"))
+
+
+def test_what_a_sweep_needs_may_come_from_anywhere() -> None:
+    needs = {"condconv.init": "upcycle", "pretrained": None}
+    check_needs(OmegaConf.create({"condconv": {"init": "upcycle"}, "pretrained": "a.ckpt"}), needs)
+    for nothing in (None, "???"):
+        with pytest.raises(UserError, match=r"needs pretrained=\.\.\., and its jobs have None"):
+            check_needs(OmegaConf.create({"condconv": {"init": "upcycle"}, "pretrained": nothing}), needs)
 
 
 def test_two_sweeps_cannot_share_a_folder(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
