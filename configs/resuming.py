@@ -114,7 +114,8 @@ def resumed_config(folder: str | Path, overrides: Sequence[str] = (), composed: 
         if loggers and composed is not None:
             OmegaConf.update(cfg, "logger", plain(composed)["logger"], merge=False)
     _follow(cfg, saved["paths"]["run"], str(folder.absolute()))
-    check_changes(saved, plain(cfg), bool(cfg.resume_force), folder)
+    recomposed = [each.key_or_group for each in (*groups, *presets)] if composed is not None else []
+    check_changes(saved, plain(cfg), bool(cfg.resume_force), folder, recomposed)
     cfg.resume = cfg.paths.run = str(folder.absolute())
     return cfg
 
@@ -174,8 +175,10 @@ def _follow(cfg: DictConfig, old: str, new: str) -> None:
             OmegaConf.update(cfg, key, new + value[len(old.rstrip("/")) :])
 
 
-def check_changes(saved: dict[str, Any], wanted: dict[str, Any], force: bool, folder: Path) -> None:
-    """Print how two configs differ.
+def check_changes(
+    saved: dict[str, Any], wanted: dict[str, Any], force: bool, folder: Path, groups: Sequence[str] = ()
+) -> None:
+    """Print how two configs differ; `groups` are those chosen on the command line, if all of it was composed for that.
 
     Raises:
         UserError: if a difference is more than harmless, unless forced.
@@ -188,10 +191,15 @@ def check_changes(saved: dict[str, Any], wanted: dict[str, Any], force: bool, fo
     lines = {key: f"{key}: {before.get(key, '(absent)')} -> {after.get(key, '(absent)')}" for key in keys}
     serious = [key for key in keys if not _is_in(key, HARMLESS)]
     if serious and not force:
-        raise UserError(
-            f"resume={folder}: not the same training any more: {'; '.join(lines[key] for key in serious)}. "
-            "Leave them out, start a new run, or add resume_force=true."
-        )
+        found = f"not the same training any more: {'; '.join(lines[key] for key in serious)}."
+        if groups:  # perhaps these were not typed at all: they are what the command has without the run's other words
+            chosen = "= and ".join(groups)
+            raise UserError(
+                f"resume={folder}: because of {chosen}= (a whole group) all of the command line is compared with the "
+                "run's: repeat it whole, or change single values (trainer.accelerator=gpu). Now it is "
+                f"{found} Start a new run, or add resume_force=true, which makes all of these changes."
+            )
+        raise UserError(f"resume={folder}: {found} Leave them out, start a new run, or add resume_force=true.")
     for key in keys:
         print(f"resume: {lines[key]}" + ("  (forced)" if key in serious else ""))
 

@@ -20,7 +20,7 @@ from itertools import chain
 from pathlib import Path
 
 from condconv.files import LAST, newest_good
-from configs.messages import UserError
+from configs.messages import EXIT_REQUEUE, UserError
 from configs.results import ROOT, read_result
 from sweeps.evidence_options import HELP, STATIC, STUDIES, Evidence, parse, typed
 
@@ -54,7 +54,12 @@ def is_kept(evidence: Evidence, study: str, name: str) -> bool:
     """Whether `keep=` holds a job that a start would copy."""
     if evidence.keep is None or (evidence.runs / study / name).exists():
         return False
-    return (read_result(evidence.keep / study / name) or {}).get("status") == "finished"
+    return is_finished(evidence.keep / study / name)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run's training has come to its end."""
+    return (read_result(folder) or {}).get("status") == "finished"
 
 
 def planned(evidence: Evidence) -> list[tuple[str, str, str]]:
@@ -108,35 +113,37 @@ def show_plan(evidence: Evidence, jobs: Sequence[tuple[str, str, str]]) -> None:
 
 
 def run(evidence: Evidence) -> int:
-    """Run all steps; returns the exit code. A failed job does not end the others."""
+    """Run all steps; returns the exit code. A job that failed, or reached its time limit, does not end the others."""
     code = 0
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as the committed runs, whose CPU times compare
     for study, seeds in evidence.steps():
         if study == "upcycled":
             seeds = with_static_network(evidence, seeds)
             if not seeds:
-                code = 1
+                code = code or 1
                 continue
         command = evidence.command(study, seeds)
         print(f"\n== {study}, seeds {','.join(seeds)}: {shlex.join(['python', *command[1:]])}", flush=True)
         ended = _call(command)
-        if ended not in (0, 1):
+        if ended not in (0, 1, EXIT_REQUEUE):
             return ended
-        code = max(code, ended)
+        code = 1 if 1 in (code, ended) else max(code, ended)
     return code
 
 
 def with_static_network(evidence: Evidence, seeds: Sequence[str]) -> tuple[str, ...]:
-    """The seeds whose upcycled networks are done, or have the checkpoint they start from; the others are said."""
+    """The seeds whose upcycled networks are done, or have the finished one they start from; the others are said."""
     found = []
     for seed in seeds:
         start = Path(str(evidence.runs / STATIC).replace("${seed}", seed))
-        results = [read_result(evidence.runs / "upcycled" / f"experts-{n}_seed-{seed}") or {} for n in (0, 8)]
-        if start.is_file() or all(result.get("status") == "finished" for result in results):
+        if (start.is_file() and is_finished(start.parents[1])) or all(
+            is_finished(evidence.runs / "upcycled" / f"experts-{n}_seed-{seed}") for n in (0, 8)
+        ):
             found.append(seed)
         else:
+            what = "not finished:" if start.is_file() else "there is no"
             print(
-                f"upcycled, seed {seed}: there is no {start}. Run studies=experts for it first; runs that keep= "
+                f"upcycled, seed {seed}: {what} {start}. Run studies=experts for it first; runs that keep= "
                 f"brought have no checkpoints, so delete that one to train it again.",
                 file=sys.stderr,
             )
@@ -212,7 +219,7 @@ def main() -> None:
         if kept:
             print(f"{kept} runs of {evidence.keep} count as done")
         code = run(evidence)
-        if code in (0, 1):
+        if code in (0, 1, EXIT_REQUEUE):
             code = analyse(evidence) or report(evidence) or code
         sys.exit(code)
     except (UserError, OSError) as error:

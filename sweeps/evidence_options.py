@@ -31,7 +31,8 @@ HELP = """Run the studies of docs/results/cifar10.md, go on where they stopped, 
   out=         folder of the report; null: none [<runs>-report]
 
 Any other key=value is passed on to every training (trainer=gpu, trainer.max_epochs=2, ...). Ctrl-C: running jobs save
-their state; the same command goes on. Exit code: 0, 1 if a job failed, 130 if stopped.
+their state; the same command goes on. Exit code: 0, 1 if a job failed, 75 if one reached its trainer.max_time, 130 if
+stopped.
 """
 OPTIONS = ("studies", "protocol", "runs", "jobs", "seeds", "order", "keep", "out")
 STUDIES = ("experts", "second_backbone", "tuning", "tuned", "upcycled", "router_gain", "controls")

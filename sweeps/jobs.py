@@ -77,10 +77,13 @@ class JobRun:
         return [sys.executable, str(ROOT / "sweeps" / "job.py"), str(self.script), *self.arguments()]
 
     def prepare(self) -> list[str]:
-        """Clear what an earlier start left without a checkpoint, and return the command."""
+        """Clear what an earlier start left without a checkpoint, or how it ended, and return the command."""
         command = self.command()
+        result = read_result(self.folder)
         if not command[-1].startswith("resume=") and self.folder.is_dir():
             shutil.rmtree(self.folder)
+        elif result is not None:  # else a job that breaks before its training begins would end as the earlier start did
+            write_result(self.folder, {**result, "status": "running", "ended": None, "error": None})
         self.folder.mkdir(parents=True, exist_ok=True)
         self.begin()
         return command

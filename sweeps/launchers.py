@@ -12,6 +12,10 @@ from typing import Any
 from configs.messages import UserError
 from sweeps.jobs import JobRun
 
+# Lightning's word for an allocation in which a training starts its processes itself, as without SLURM (trainer=ddp):
+# otherwise it takes submitit's one task for all there are, and requeues jobs behind the sweep's back.
+OWN_PROCESSES = {"SLURM_JOB_NAME": "bash"}
+
 
 class InTurn:
     """One job after the other, each in a process of its own.
@@ -108,9 +112,10 @@ class Submitit(InTurn):
                 command = run.prepare()
                 executor = submitit.AutoExecutor(folder=str(run.folder / "submitit"), cluster=self.cluster)
                 executor.update_parameters(name=run.name[:60], **self.options)
-                function = submitit.helpers.CommandFunction(
-                    command, verbose=False, cwd=os.getcwd(), env={**run.environment, **run.own_environment("any")}
-                )
+                # CommandFunction(env=...) would be the whole environment; so the job has its node's and what is added.
+                added = {**OWN_PROCESSES, **run.environment, **run.own_environment("any")}
+                command = ["env", *(f"{name}={value}" for name, value in added.items()), *command]
+                function = submitit.helpers.CommandFunction(command, verbose=False, cwd=os.getcwd())
                 running[id(run)] = (run, executor.submit(function))
             for key, (run, job) in list(running.items()):
                 if self.stop.is_set() or self.kill.is_set():

@@ -69,16 +69,17 @@ def make_plan(
         unless_given: settings that hold unless the command line has the key, the key's group, or an experiment.
         variants: lists of overrides that are alternatives to each other, where a product of values would not do. Given
             on the command line, any of their keys replaces all of them, unless they are to be kept.
-        keep_variants: see there.
+        keep_variants: a key on the command line leaves the variants as they are, and holds for those that lack it.
         static_twin: for every combination of the rest, add the job with condconv.experts=0, unless it is there.
 
     Raises:
-        UserError: a kind of sweep that has no list of values, or nothing to do.
+        UserError: a kind of sweep that has no list of values, one of what kept variants set, or nothing to do.
     """
     given = [o for o in _parse(arguments) if not belongs_to_sweep(o.key_or_group)]
     given_keys = {override.key_or_group for override in given}
     rows = [list(map(str, row)) for row in variants or [[]]]
-    if not keep_variants and given_keys & {key_of(override) for row in rows for override in row}:
+    in_variants = {key_of(override) for row in rows for override in row}
+    if not keep_variants and given_keys & in_variants:
         rows = [[]]
     fixed = _default_overrides(unless_given or {}, given_keys)
     axes: dict[str, list[str]] = {}
@@ -88,6 +89,11 @@ def make_plan(
     ordered = [replacing[key] for key in params or {}] + [o for o in given if o.key_or_group not in (params or {})]
     for override in ordered:
         values = _values(override)
+        if keep_variants and override.is_sweep_override() and override.key_or_group in in_variants:
+            raise UserError(
+                f"{override.input_line}: this sweep varies {override.key_or_group} itself, in combinations: give one "
+                "value, which holds where they have none."
+            )
         if override.is_sweep_override() or override.key_or_group in (params or {}):
             axes[override.key_or_group] = values
         else:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from configs.messages import UserError
+from configs.messages import EXIT_REQUEUE, UserError
 from configs.results import read_result
 from sweeps.display import Display
 from sweeps.jobs import JobRun, state_on_disk
@@ -35,7 +35,8 @@ class OptunaSearch(Sweep):
 
         Raises:
             UserError: the space or the options are wrong, or the folder belongs to another search.
-            SystemExit: with 1 if no trial was finished, with 130 if the search was stopped.
+            SystemExit: with 130 if the search was stopped, with `EXIT_REQUEUE` if a trial was (a time limit), with 1 if
+                none was finished.
         """
         import optuna
 
@@ -63,12 +64,18 @@ class OptunaSearch(Sweep):
             self.summary(study, folder, runs)
         if self.launcher.stop.is_set():
             sys.exit(130)
+        if is_interrupted(runs):
+            sys.exit(EXIT_REQUEUE)
         if not any(trial.state.name == "COMPLETE" for trial in study.trials):
             sys.exit(1)
         return study
 
     def search(self, study: Any, space: dict[str, Any], shared: Plan, folder: Path) -> list[JobRun]:
-        """Ask, run and tell, in rounds of as many jobs as run at a time, until there are enough trials."""
+        """Ask, run and tell, in rounds of as many jobs as run at a time, until there are enough trials.
+
+        A trial that its own time limit interrupts ends the search for now: Optuna hears nothing of it before it has
+        gone on to its end, so there would never be enough.
+        """
         import optuna
 
         runs: list[JobRun] = []
@@ -84,6 +91,8 @@ class OptunaSearch(Sweep):
             if not batch:
                 return runs
             runs += self.run_trials(study, batch, shared, folder)
+            if is_interrupted(runs):
+                return runs
         return runs
 
     def run_trials(
@@ -121,7 +130,14 @@ class OptunaSearch(Sweep):
             best = study.best_trial
             words = " ".join(as_overrides(best.params))
             display.line(f"  best of {len(done)}        {best.value:.4f}  trial {best.number}: {words}")
+        if is_interrupted(runs):
+            display.line("  no more trials are started before the interrupted ones have gone on")
         display.line(f"  study            {folder / STUDY_FILE}")
+
+
+def is_interrupted(runs: Sequence[JobRun]) -> bool:
+    """Whether a trial has yet to go on."""
+    return any(run.state == "interrupted" for run in runs)
 
 
 def as_overrides(params: Mapping[str, Any]) -> list[str]:

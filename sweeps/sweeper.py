@@ -20,7 +20,7 @@ from hydra.core.utils import JobStatus
 from hydra.core.utils import run_job as run_hydra_job
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from configs.messages import UserError, explain
+from configs.messages import EXIT_REQUEUE, UserError, explain
 from configs.results import code_version, now, read_result
 from sweeps.display import Display
 from sweeps.jobs import JobRun, quoted, state_on_disk
@@ -45,6 +45,7 @@ class Sweep:
         launcher: `kind` and the options of `sweeps.launchers.make_launcher`.
         params, unless_given, variants, keep_variants, static_twin: see `sweeps.plan.make_plan`.
         generator: a function that returns `variants`, by its dotted name; see `sweeps.generators`.
+        needs: values that every job must have from elsewhere; see `check_needs`.
         only: names of jobs, or patterns of them; see `sweeps.plan.select`.
         list_only: print the jobs, run none.
     """
@@ -62,6 +63,7 @@ class Sweep:
         keep_variants: bool = False,
         static_twin: bool = False,
         generator: str | None = None,
+        needs: Mapping[str, Any] | None = None,
         only: str | Sequence[str] | None = None,
         list_only: bool = False,
         **others: Any,
@@ -75,6 +77,7 @@ class Sweep:
         self.variants = [list(variant) for variant in variants or ()]
         self.keep_variants = keep_variants
         self.static_twin = static_twin
+        self.needs = dict(needs or {})
         self.only = only
         self.list_only = list_only
         self.generator = generator
@@ -112,6 +115,7 @@ class Sweep:
         """A job with its folder and all its overrides, its name, W&B group and tags among them."""
         overrides = plan.command_line(job)
         cfg = self.compose(overrides)
+        check_needs(cfg, self.needs)
         self.metric = str(OmegaConf.select(cfg, "callbacks.checkpoint.monitor") or self.metric)
         given = {key_of(override) for override in overrides}
         labels = {"name": quoted(Path(job.name))}
@@ -174,7 +178,7 @@ class GridSweep(Sweep):
 
         Raises:
             UserError: the command cannot be planned, or the folder belongs to another sweep.
-            SystemExit: with 1 if a job failed, with 130 if the sweep was stopped.
+            SystemExit: with `exit_code` if that is not 0.
         """
         folder = self.folder(arguments)
         plan = self.plan(arguments)
@@ -193,10 +197,8 @@ class GridSweep(Sweep):
                 warn_of_other_code(runs, display)
                 self.launch(todo, display)
             display.summary(folder)
-        if self.launcher.stop.is_set():
-            sys.exit(130)
-        if any(run.state == "failed" for run in runs):
-            sys.exit(1)
+        if code := exit_code(runs, self.launcher.stop.is_set()):
+            sys.exit(code)
         return runs
 
     def plan(self, arguments: Sequence[str]) -> Plan:
@@ -220,6 +222,29 @@ class GridSweep(Sweep):
         if found == "finished" or (found == "failed" and not self.config.retry_failed):
             run.state, run.skipped = found, True
         return run.skipped
+
+
+def check_needs(cfg: DictConfig, needs: Mapping[str, Any]) -> None:
+    """A job is of the study that its sweep is about: it has these values, or any at all where null is needed.
+
+    Raises:
+        UserError: it has another.
+    """
+    for key, needed in needs.items():
+        found = OmegaConf.select(cfg, key)  # None also for ???
+        if found is None or needed not in (None, found):
+            raise UserError(
+                f"This sweep needs {key}={'...' if needed is None else needed}, and its jobs have {found}: give it, or "
+                "the experiment that the head of the sweep's file names."
+            )
+
+
+def exit_code(runs: Sequence[JobRun], stopped: bool) -> int:
+    """130 if the sweep was stopped, 1 if a job failed, `EXIT_REQUEUE` if one is to go on (a time limit), else 0."""
+    states = {run.state for run in runs}
+    if stopped:
+        return 130
+    return 1 if "failed" in states else EXIT_REQUEUE if states - {"finished"} else 0
 
 
 def find_generator(name: str) -> Any:

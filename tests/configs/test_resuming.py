@@ -13,7 +13,7 @@ from condconv.files import save_sealed
 from configs.checks import without_regularization
 from configs.messages import UserError
 from configs.resolvers import register_resolvers
-from configs.resuming import checkpoint_to_resume, resumed_config
+from configs.resuming import check_changes, checkpoint_to_resume, resumed_config
 from configs.runs import load_checkpoint, plain, save_config
 
 register_resolvers()
@@ -116,6 +116,17 @@ def test_a_group_may_be_changed_by_force(folder: Path) -> None:
     with pytest.raises(UserError, match="resume_force=true"):
         resume(folder, *SMALL, "optim=sgd")
     assert resume(folder, *SMALL, "optim=sgd", "resume_force=true").optim.optimizer.name == "sgd"
+
+
+def test_a_group_alone_is_refused_with_what_to_do(folder: Path) -> None:
+    """Nobody typed a model: it is what the command line has without the run's own words."""
+    advice = (
+        r"because of trainer= .*repeat it whole, or .*trainer\.accelerator=gpu.*model\.name: .*all of these changes"
+    )
+    with pytest.raises(UserError, match=advice):
+        resume(folder, "trainer=gpu")
+    with pytest.raises(UserError, match=r"seed: 1 -> 5\. Leave them out, start a new run, or add resume_force=true\."):
+        check_changes({"seed": 1}, {"seed": 5}, False, folder)
 
 
 def test_a_whole_command_line_may_be_repeated(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

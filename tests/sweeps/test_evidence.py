@@ -11,7 +11,7 @@ from PIL import Image
 
 from configs.messages import UserError
 from configs.results import write_result
-from sweeps.evidence import is_kept, keep_runs, main, minutes, with_static_network
+from sweeps.evidence import is_kept, keep_runs, main, minutes, run, with_static_network
 from sweeps.evidence_options import PROTOCOLS, STUDIES, parse
 
 
@@ -102,13 +102,31 @@ def test_collected_runs_count_as_done(data: Path, tmp_path: Path) -> None:
 def test_upcycled_networks_need_the_static_ones(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evidence = parse([f"data.root={data}", f"runs={tmp_path / 'runs'}", "studies=upcycled"])
     static = tmp_path / "runs" / "experts" / "experts-0_seed-2" / "checkpoints" / "last.ckpt"
-    static.parent.mkdir(parents=True)
-    static.touch()
+    for seed, status in ((1, "interrupted"), (2, "finished")):  # the first has a checkpoint too, half trained
+        write_result(tmp_path / "runs" / "experts" / f"experts-0_seed-{seed}", {"status": status})
+    for path in (static, Path(str(static).replace("seed-2", "seed-1"))):
+        path.parent.mkdir(parents=True)
+        path.touch()
     for experts in (0, 8):
         write_result(tmp_path / "runs" / "upcycled" / f"experts-{experts}_seed-3", {"status": "finished"})
-    assert with_static_network(evidence, evidence.seeds) == ("2", "3")
+    assert with_static_network(evidence, ("1", "2", "3", "4")) == ("2", "3")
     said = capsys.readouterr().err
-    assert "upcycled, seed 1: there is no" in said and "Run studies=experts for it first" in said
+    assert "upcycled, seed 1: not finished:" in said and "upcycled, seed 4: there is no" in said
+    assert "Run studies=experts for it first" in said
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "calls"),
+    [((0, 0, 0), 0, 3), ((0, 75, 0), 75, 3), ((75, 1, 75), 1, 3), ((1, 75, 0), 1, 3), ((75, 130, 0), 130, 2)],
+)
+def test_only_a_stop_ends_the_studies(
+    ends: tuple[int, ...], code: int, calls: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evidence = parse([f"data.root={data}", f"runs={tmp_path / 'runs'}", "studies=experts,routing,causes"])
+    codes = list(ends)
+    monkeypatch.setattr("sweeps.evidence._call", lambda command: codes.pop(0))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert run(evidence) == code and len(codes) == 3 - calls
 
 
 @pytest.mark.slow

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from commands import Commands
 
 from condconv.routing import ROUTINGS
+from sweeps.plan import make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 # Each study: the jobs of one seed, in order.
@@ -46,6 +48,22 @@ FAST = ("experts", "upcycled")
 def test_every_study_is_here() -> None:
     found = {path.stem for path in (ROOT / "configs" / "sweep" / "cifar10").glob("*.yaml")}
     assert found == {*JOBS, "backbones"}
+
+
+def test_settings_of_all_studies_leave_each_its_jobs() -> None:
+    """`make evidence ARGS="... trainer.max_epochs=2"`, and other keys that the variants of a study have."""
+    smaller = ["trainer.max_epochs=2", "model.width=0.1", "data.max_train_per_class=9", "condconv.router_gain=0.5"]
+    with_variants = 0
+    for path in (ROOT / "configs" / "sweep" / "cifar10").glob("*.yaml"):
+        options = yaml.safe_load(path.read_text())["hydra"]["sweeper"]
+        options = {key: value for key, value in options.items() if key in ("params", "variants", "keep_variants")}
+        more = [override for override in smaller if override.partition("=")[0] not in options["params"]]
+        names, again = (
+            [job.name for job in make_plan(given, **options).jobs] for given in (["seed=1"], ["seed=1", *more])
+        )
+        assert names == again, path.stem
+        with_variants += "variants" in options
+    assert with_variants == 6
 
 
 @pytest.mark.parametrize(

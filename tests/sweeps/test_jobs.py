@@ -106,6 +106,21 @@ def test_an_unfinished_job_goes_on_or_begins_anew(script: Path) -> None:
     assert read_result(run.folder)["resumed"] is True
 
 
+@pytest.mark.parametrize("before", ["interrupted", "failed"])
+def test_how_an_earlier_start_ended_is_not_how_this_one_ends(before: str, script: Path) -> None:
+    """It breaks before its training begins, so it writes nothing itself."""
+    run = job(script, "refuses")
+    (run.folder / "checkpoints").mkdir(parents=True)
+    zipfile.ZipFile(run.folder / "checkpoints" / "last.ckpt", "w").close()
+    (run.folder / "config.yaml").write_text("")
+    (run.folder / "how.json").write_text('"refuses"')
+    write_result(run.folder, {"status": before, "error": "of the earlier start", "ended": "then", "steps": 7})
+    assert run.prepare()[-1].startswith("resume=") and state_on_disk(run.folder) == "unfinished"
+    run.run(threading.Event(), threading.Event())
+    assert run.state == "failed" and run.error() == "how=refuses: choose another."
+    assert read_result(run.folder)["steps"] == 7
+
+
 @pytest.mark.parametrize("launcher", [InTurn, lambda: Joblib(2)], ids=["in_turn", "joblib"])
 def test_a_stopped_launcher_lets_jobs_save_and_starts_no_more(launcher: object, script: Path) -> None:
     launcher = launcher()
@@ -171,14 +186,18 @@ def test_joblib_jobs_do_not_fight_over_cores(script: Path, monkeypatch: pytest.M
     assert "CONDCONV_SWEEP_PROCESS" not in environments[0]
 
 
-def test_submitit_local(script: Path) -> None:
+def test_submitit_local(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("submitit")
+    monkeypatch.setenv("CONDCONV_DATA", "/somewhere")
     launcher = Submitit(cluster="local", max_at_once=2, timeout_min=1)
     launcher.poll_s = 0.1
     runs = [job(script, how) for how in ("works", "raises")]
     launcher.launch(runs)
     assert [run.state for run in runs] == ["finished", "failed"]
     assert runs[1].error() == "the sky fell" and "done" in runs[0].log_tail()
+    environment = read_result(runs[0].folder)["environment"]
+    assert environment["CONDCONV_DATA"] == "/somewhere" and environment["PATH"] == os.environ["PATH"]
+    assert environment["SLURM_JOB_NAME"] == "bash", "what Lightning asks for"
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,17 @@ def test_variants_are_alternatives_crossed_with_the_rest() -> None:
     ]
 
 
+def test_kept_variants_win_over_the_command_line() -> None:
+    variants = [["trainer.max_epochs=50"], ["data.augment=none"]]
+    plan = make_plan(["seed=1", "trainer.max_epochs=2"], variants=variants, keep_variants=True)
+    assert [plan.command_line(job) for job in plan.jobs] == [
+        ["seed=1", "trainer.max_epochs=50"],
+        ["seed=1", "trainer.max_epochs=2", "data.augment=none"],
+    ]
+    with pytest.raises(UserError, match=r"max_epochs=2,3: this sweep varies trainer\.max_epochs itself"):
+        make_plan(["trainer.max_epochs=2,3"], variants=variants, keep_variants=True)
+
+
 def test_each_combination_has_one_static_twin() -> None:
     options = {"params": {"seed": "1,2", "condconv.routing": "fc,softmax"}, "static_twin": True}
     twins = [name for name in names(**options) if name.startswith("experts-0")]

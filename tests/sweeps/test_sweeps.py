@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import yaml
 from commands import Commands
+from omegaconf import OmegaConf
 
+from configs.messages import EXIT_REQUEUE, UserError
 from configs.results import read_result, write_result
-from sweeps.jobs import state_on_disk
+from sweeps.display import Display
+from sweeps.jobs import JobRun, state_on_disk
+from sweeps.plan import Job
+from sweeps.sweeper import Sweep, check_needs, exit_code
 
 ROOT = Path(__file__).resolve().parents[2]
 SWEEPS = sorted(path.stem for path in (ROOT / "configs" / "sweep").glob("*.yaml"))
@@ -200,6 +206,27 @@ def test_started_again(commands: Commands) -> None:
     assert code == 1 and "other settings" in err and "optim=sgd" in err and "sweep_dir=" in err
 
 
+@pytest.mark.parametrize(
+    ("states", "code"),
+    [("finished finished", 0), ("finished interrupted", EXIT_REQUEUE), ("interrupted failed", 1), ("waiting", 130)],
+)
+def test_the_exit_code_says_whether_all_is_done(states: str, code: int) -> None:
+    runs = [JobRun(Job(state, ()), Path(state), [], state=state) for state in states.split()]
+    assert exit_code(runs, stopped=code == 130) == code
+
+
+def time_limit(self: Sweep, runs: Sequence[JobRun], display: Display) -> None:
+    """In place of `Sweep.launch`: every job reaches trainer.max_time."""
+    for run in runs:
+        run.state = "interrupted"
+
+
+def test_a_time_limit_leaves_the_sweep_unfinished(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Sweep, "launch", time_limit)
+    code, out, _ = commands.train("-m", *TINY, "condconv.experts=0")
+    assert code == EXIT_REQUEUE and "1 interrupted" in out and "the same command again" in out
+
+
 def test_mistakes_stop_the_sweep_before_its_first_job(commands: Commands) -> None:
     for wrong, message in (
         ("condconv.expert=1,2", "There is no setting 'condconv.expert'"),
@@ -208,12 +235,21 @@ def test_mistakes_stop_the_sweep_before_its_first_job(commands: Commands) -> Non
         ("optim.lr=interval(0,1)", "an interval has no list of values"),
         ("hydra/launcher=submitit", "hydra/launcher"),
         ("sweep=iso condconv.experts=4,8", "condconv.experts: this sweep computes its jobs for one value"),
+        ("sweep=cifar10/upcycled", "This sweep needs condconv.init=upcycle, and its jobs have network"),
         ("sweep=depth model.width=0.25,0.5", "model.width: this sweep computes its jobs for one value"),
     ):
         code, _, err = commands.train("-m", *TINY, *wrong.split())
         assert code == 1 and message in err, (wrong, err)
         assert "Traceback" not in err
     assert not list(commands.outputs.rglob("result.json"))
+
+
+def test_what_a_sweep_needs_may_come_from_anywhere() -> None:
+    needs = {"condconv.init": "upcycle", "pretrained": None}
+    check_needs(OmegaConf.create({"condconv": {"init": "upcycle"}, "pretrained": "a.ckpt"}), needs)
+    for nothing in (None, "???"):
+        with pytest.raises(UserError, match=r"needs pretrained=\.\.\., and its jobs have None"):
+            check_needs(OmegaConf.create({"condconv": {"init": "upcycle"}, "pretrained": nothing}), needs)
 
 
 def test_two_sweeps_cannot_share_a_folder(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,6 +307,21 @@ def test_a_search_goes_on_where_it_stopped(commands: Commands) -> None:
     assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 4
     code, out, _ = commands.train(*SEARCH, "hydra.sweeper.trials=4")
     assert code == 0 and "best of 4" in out and "running" not in out, "nothing is left to do"
+
+
+def test_a_time_limit_is_not_answered_by_more_trials(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next start begins with the interrupted one, as above."""
+    pytest.importorskip("optuna")
+    rounds: list[str] = []
+
+    def launch(self: Sweep, runs: Sequence[JobRun], display: Display) -> None:
+        assert not rounds, "for ever"
+        rounds.extend(run.name[:9] for run in runs)
+        time_limit(self, runs, display)
+
+    monkeypatch.setattr(Sweep, "launch", launch)
+    code, out, _ = commands.train(*SEARCH, "hydra.sweeper.trials=2")
+    assert code == EXIT_REQUEUE and rounds == ["trial-000"] and "no more trials are started" in out
 
 
 @pytest.mark.parametrize(
