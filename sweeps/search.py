@@ -14,10 +14,11 @@ from typing import Any
 from configs.messages import EXIT_REQUEUE, UserError
 from configs.results import read_result
 from sweeps.display import Display
+from sweeps.folder import only_one, save_plan
 from sweeps.jobs import JobRun, state_on_disk
 from sweeps.names import job_name
 from sweeps.plan import Job, Plan, make_plan
-from sweeps.sweeper import Sweep, only_one, save_plan
+from sweeps.sweeper import Sweep
 
 STUDY_FILE = "optuna.db"
 JOB = "job"  # a trial's attribute: the name of its job

@@ -253,12 +253,12 @@ def test_what_a_sweep_needs_may_come_from_anywhere() -> None:
 
 
 def test_two_sweeps_cannot_share_a_folder(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sweeps.sweeper as sweeper
+    import sweeps.folder as folders
 
-    monkeypatch.setattr(sweeper, "LOCK_WAIT_S", 0.1)
+    monkeypatch.setattr(folders, "LOCK_WAIT_S", 0.1)
     folder = commands.outputs / "held"
     folder.mkdir(parents=True)
-    with sweeper.only_one(folder):
+    with folders.only_one(folder):
         code, out, err = commands.train("-m", *TINY, "condconv.experts=0,1", f"sweep_dir={folder}")
     assert code == 1 and "Another process works on" in err and "Waiting for" in out
 
