@@ -133,7 +133,9 @@ def test_learning_rates_are_scaled_by_the_global_batch() -> None:
 def test_calc_is_arithmetic_and_nothing_else() -> None:
     assert calc("0.016 * 2048 / 256") == pytest.approx(0.128)
     assert calc("-(2 + 3) // 2") == -3 and isinstance(calc("64 * 2"), int)
-    for evil in ("__import__('os')", "2 ** 9", "a + 1", "1 if 2 else 3", "'a' * 3", "True + 1", "1 +", "1 / 0"):
+    assert calc("min(128, 2048 // 32)") == 64 and isinstance(calc("min(128, 64)"), int)
+    more = ("max(1, 2)", "min(1)", "min(*(1, 2))", "min(1, 2, key=3)")
+    for evil in (*more, "__import__('os')", "2 ** 9", "a + 1", "1 if 2 else 3", "'a' * 3", "True + 1", "1 +", "1 / 0"):
         with pytest.raises(ValueError, match="calc"):
             calc(evil)
 
