@@ -101,13 +101,19 @@ def make_groups(runs: Sequence[Run]) -> list[Group]:
         if counted is None:
             group.runs.append(run)
         else:
-            same = "the same figures" if counted.figures == run.figures else "other figures"
-            run.reason = f"duplicate of {counted.folder.name} ({same}), which ended later and counts"
+            run.reason = duplicate_of(counted, run)
     found = list(groups.values())
     for group in found:
         group.runs.sort(key=lambda run: sort_key(run.seed))
     name_groups(found)
     return sorted(found, key=lambda group: [sort_key(value) for value in group.columns.values()])
+
+
+def duplicate_of(counted: Run, run: Run) -> str:
+    """Why the second of two finished runs does not count."""
+    same = "the same figures" if counted.figures == run.figures else "other figures"
+    name = counted.folder.name if counted.folder.name != run.folder.name else str(counted.folder)
+    return f"duplicate of {name} ({same}), which ended later and counts"
 
 
 def sort_key(value: Any) -> tuple[int, float, str]:
