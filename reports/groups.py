@@ -85,10 +85,17 @@ def identity(settings: Settings) -> str:
     return json.dumps(plain, sort_keys=True, default=str)
 
 
-def twin_identity(settings: Settings) -> str:
-    """The identity of the static twin: everything but the experts."""
-    others = {key: value for key, value in settings.items() if not key.startswith("condconv.")}
-    return identity({**others, EXPERTS: 0})
+def twin_identities(settings: Settings) -> list[str]:
+    """Under what a group looks for its static twin, and a static one can be found, the nearest first.
+
+    That is everything but the experts. Weights of a network with experts fit no static one, so where a group starts
+    from such (`pretrained=` without upcycling), its twin starts from weights of its own: which ones does not count.
+    """
+    others = {key: value for key, value in settings.items() if not key.startswith("condconv.")} | {EXPERTS: 0}
+    found = [identity(others)]
+    if settings.get("pretrained") is not None and not str(settings.get("condconv.init")).startswith("upcycle"):
+        found.append(identity({**others, "pretrained": "<its own>"}))
+    return found
 
 
 def make_groups(runs: Sequence[Run]) -> list[Group]:
