@@ -16,6 +16,8 @@ SEED, EXPERTS = "seed", "condconv.experts"
 # Of a run rather than of what is measured.
 NOT_SETTINGS = ("seed", "name", "paths", "logger", "resume", "sweep_dir", "retry_failed", "hydra")
 NOT_SETTINGS += ("trainer.default_root_dir", "callbacks.progress")
+OF_EXPERTS = re.compile(r"condconv\.|optim\.optimizer\.\w+_by_role\.(router|expert)$")
+"""Settings that touch no static network: a static one has neither routers nor experts to give a rate or a decay to."""
 ROOMS = ("condconv.", "model.", "data.", "optim.", "task.", "trainer.")
 """In this order settings are looked at for columns; all others come after."""
 
@@ -57,7 +59,7 @@ def flatten(node: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
 def settings_of(run: Run) -> Settings:
     """What was measured: the config without seed, name, paths and loggers.
 
-    A static network ignores every condconv.* setting, so its runs are told apart by none of them.
+    A static network ignores every setting `OF_EXPERTS`, so its runs are told apart by none of them.
     """
     flat = dict(flatten(run.config))
     seed, name, folder = flat.get(SEED), flat.get("name"), flat.get("paths.run")
@@ -68,7 +70,7 @@ def settings_of(run: Run) -> Settings:
             continue
         if key.endswith(".seed") and value == seed:
             continue
-        if static and key.startswith("condconv.") and key != EXPERTS:
+        if static and OF_EXPERTS.match(key) and key != EXPERTS:
             continue
         if key == "pretrained" and isinstance(value, str):  # each seed goes on from the run of its own seed
             value = re.sub(rf"(?<=seed-){re.escape(str(seed))}(?!\d)", "<seed>", value)
@@ -91,7 +93,7 @@ def twin_identities(settings: Settings) -> list[str]:
     That is everything but the experts. Weights of a network with experts fit no static one, so where a group starts
     from such (`pretrained=` without upcycling), its twin starts from weights of its own: which ones does not count.
     """
-    others = {key: value for key, value in settings.items() if not key.startswith("condconv.")} | {EXPERTS: 0}
+    others = {key: value for key, value in settings.items() if not OF_EXPERTS.match(key)} | {EXPERTS: 0}
     found = [identity(others)]
     if settings.get("pretrained") is not None and not str(settings.get("condconv.init")).startswith("upcycle"):
         found.append(identity({**others, "pretrained": "<its own>"}))

@@ -80,6 +80,20 @@ def test_twins_agree_in_everything_else(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("setting", ["lr_factor_by_role", "decay_by_role"])
+def test_rates_of_routers_and_experts_touch_no_static_network(setting: str, tmp_path: Path) -> None:
+    key = f"optim.optimizer.{setting}"
+    write_run(tmp_path, 0, 1)
+    for role in ("router", "expert"):
+        write_run(tmp_path, 8, 1, folder=role, overrides={key: {role: 0.5}})
+    write_run(tmp_path, 8, 1, folder="norm", overrides={key: {"norm": 0.5}})
+    write_run(tmp_path, 0, 1, folder="same", overrides={key: {"router": 0.5}}, ended="2026-02-01T00:00:00+00:00")
+    found = compared(tmp_path)
+    assert [run.folder.name for run in found.left_out] == ["mobilenet_v1-e0-s1"], "the same network with the same seed"
+    paired = {row.group.runs[0].folder.name: row.baseline is not None for row in found.rows}
+    assert paired == {"same": False, "router": True, "expert": True, "norm": False}
+
+
 def twins_of(root: Path, *runs: tuple[int, dict[str, Any]]) -> dict[str, str | None]:
     """Weights of each group with experts -> those of its twin."""
     for index, (experts, overrides) in enumerate(runs):
