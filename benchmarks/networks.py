@@ -175,8 +175,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def detector_table(args: argparse.Namespace) -> None:
     """SSD, static against CondConv: a table of its own, benchmarks.detectors."""
-    widths, size, seconds = ([0.25], 64, 0.2) if args.quick else ([0.5, 0.75, 1.0], args.image_size or 300, 30.0)
-    batch = args.batch_sizes[0] if args.batch_sizes else 2 if args.quick else 8
+    given = args.batch_sizes[0] if args.batch_sizes else None
+    widths, size, batch, seconds = detectors.choose(None, args.image_size, given, args.quick)
     detectors.table(widths, args.experts, size, batch, args.device, seconds, output_folder(args), args.fresh)
 
 
@@ -184,8 +184,7 @@ def latency_table(args: argparse.Namespace) -> None:
     """PyTorch and ONNX Runtime, one image, on the CPU: a table of its own, benchmarks.latency."""
     from benchmarks import latency  # needs the extra `export`
 
-    backbones = args.backbones or (["mobilenet_v1"] if args.quick else list(list_backbones()))
-    size, seconds = args.image_size or (32 if args.quick else 224), 0.2 if args.quick else 20.0
+    backbones, size, seconds = latency.choose(args.backbones, args.image_size, args.quick)
     latency.table(backbones, args.experts, size, seconds, output_folder(args), args.fresh)
 
 
