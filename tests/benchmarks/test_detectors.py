@@ -59,5 +59,5 @@ def test_the_benchmark_of_networks_ends_with_it(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(detectors, "table", lambda *args: called.append("detectors"))
     monkeypatch.setattr(latency, "table", lambda *args: called.append("latency"))
     networks.main(["--device", "cpu", "--output", str(tmp_path)])
-    networks.main(["--device", "cpu", "--output", str(tmp_path), "--preset", "issue3"])
+    networks.main(["--device", "cpu", "--output", str(tmp_path), "--preset", "targets"])
     assert called == ["detectors", "latency"]

@@ -39,7 +39,7 @@ def test_the_benchmark_of_networks_makes_the_table_too(tmp_path: Path, monkeypat
     written = json.loads((tmp_path / "latency-cpu.json").read_text())
     assert [row["id"] for row in written["rows"]] == ["resnet18-e8-224px"]
     assert written["origins"][0]["commands"] == ["python -m benchmarks.networks --preset latency"]
-    networks.main(["--preset", "issue3", *options])
+    networks.main(["--preset", "targets", *options])
     networks.main(["--backbones", "resnet18", *options])
     assert len(json.loads((tmp_path / "latency-cpu.json").read_text())["rows"]) == 1
     networks.main(options)
