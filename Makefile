@@ -28,14 +28,17 @@ $(STAMP): pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train,dev,export,fast]'
 	@touch $(STAMP)
 
-train: $(STAMP) ## train (embedded digits unless ARGS says otherwise), then evaluate the saved checkpoints
-	@mkdir -p outputs; start=$$(mktemp); trap 'rm -f "$$start"' EXIT; \
-	$(BIN)/python train.py $(ARGS); \
-	find outputs -name last.ckpt -newer "$$start" | sort | while read -r ckpt; do \
-		printf '\nEvaluating the checkpoint, rebuilt from its own folder: make eval ARGS="ckpt=%s"\n' "$$ckpt"; \
-		$(BIN)/python eval.py ckpt="$$ckpt" < /dev/null; \
-		printf 'Checkpoints, metrics.csv and config.yaml: %s\n' "$$(dirname "$$(dirname "$$ckpt")")"; \
-	done
+# pipefail is said here too, since make 3.81 (macOS) knows no .SHELLFLAGS; tee -i: Ctrl-C is for the training, which saves.
+train: $(STAMP) ## train (embedded digits unless ARGS says otherwise), then evaluate the saved checkpoint
+	@set -euo pipefail; said=$$(mktemp); trap 'rm -f "$$said"' EXIT; \
+	PYTHONUNBUFFERED=1 $(BIN)/python train.py $(ARGS) | tee -i "$$said"; \
+	ckpt=$$(sed -n 's/^  last checkpoint  *//p' "$$said" | tail -n 1); \
+	if [ ! -f "$$ckpt" ]; then \
+		echo 'error: train.py named no last checkpoint, so there is none to evaluate: make eval ARGS="ckpt=..."' >&2; exit 1; \
+	fi; \
+	printf '\nEvaluating the checkpoint, rebuilt from its own folder: make eval ARGS="ckpt=%s"\n' "$$ckpt"; \
+	$(BIN)/python eval.py "ckpt='$$ckpt'"; \
+	printf 'Checkpoints, metrics.csv and config.yaml: %s\n' "$$(dirname "$$(dirname "$$ckpt")")"
 
 eval: $(STAMP) ## evaluate a checkpoint: make eval ARGS="ckpt=outputs/.../last.ckpt"
 	@$(BIN)/python eval.py $(ARGS)

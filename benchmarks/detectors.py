@@ -167,19 +167,26 @@ def table(
     return report
 
 
+def choose(
+    widths: list[float] | None, image_size: int | None, batch: int | None, quick: bool, seconds: float | None = None
+) -> tuple[list[float], int, int, float]:
+    """(widths, image size, batch, seconds for each): what was given, else the paper's, or little for `quick`."""
+    usual = ([0.25], 64, 2, 0.2) if quick else ([0.5, 0.75, 1.0], 300, 8, 30.0)
+    return widths or usual[0], image_size or usual[1], batch or usual[2], seconds or usual[3]
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--widths", nargs="+", type=float, default=[0.5, 0.75, 1.0])
-    parser.add_argument("--image-size", type=int, default=300)
+    parser.add_argument("--widths", nargs="+", type=float, help="0.5 0.75 1.0")
+    parser.add_argument("--image-size", type=int, help="300")
     parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=8, help="of the training step")
-    parser.add_argument("--seconds", type=float, default=30.0, help="for the timing of each width")
+    parser.add_argument("--batch", type=int, help="of the training step: 8")
+    parser.add_argument("--seconds", type=float, help="for the timing of each width: 30")
     add_common_options(parser)
     args = parser.parse_args(arguments)
-    seconds = 0.2 if args.quick else args.seconds
-    sizes = (args.experts, args.image_size, args.batch, args.device, seconds)
-    table(args.widths, *sizes, output_folder(args), args.fresh)
+    widths, size, batch, seconds = choose(args.widths, args.image_size, args.batch, args.quick, args.seconds)
+    table(widths, args.experts, size, batch, args.device, seconds, output_folder(args), args.fresh)
 
 
 if __name__ == "__main__":

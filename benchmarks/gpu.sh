@@ -51,8 +51,8 @@ wanted tests && OMP_NUM_THREADS=1 step tests 120 $PYTHON -m pytest -q -p no:cach
     tests/condconv/ops/triton/test_gpu.py &
 OMP_NUM_THREADS=1 step compile 100 $PYTHON -m benchmarks.precompile --l2-mib "$L2_MIB" --backbones "${NETWORKS[@]}" &
 wait
-wanted networks && step networks 100 $PYTHON -m benchmarks.networks --preset issue3 --device cuda
-wanted autotuned && step autotuned 110 $PYTHON -m benchmarks.networks --preset issue3 --device cuda --autotune
+wanted networks && step networks 100 $PYTHON -m benchmarks.networks --preset targets --device cuda
+wanted autotuned && step autotuned 110 $PYTHON -m benchmarks.networks --preset targets --device cuda --autotune
 wanted kernels && step kernels 70 $PYTHON -m benchmarks.kernels --seconds 50
 wanted layers && step layers 70 $PYTHON -m benchmarks.layers --device cuda --backbones efficientnet_b0 --batch-sizes 256
 if wanted sanitizer && command -v compute-sanitizer >/dev/null; then

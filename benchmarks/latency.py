@@ -1,4 +1,4 @@
-"""Latency of one image: PyTorch eager and compiled, ONNX Runtime float32 and int8, static against CondConv.
+"""Latency of one image on the CPU: PyTorch eager and compiled, ONNX Runtime float32 and int8, static against CondConv.
 
     python -m benchmarks.latency
     python -m benchmarks.latency --backbones mobilenet_v1 --image-size 64 --experts 4
@@ -105,18 +105,28 @@ def table(
     return report
 
 
+def choose(
+    backbones: list[str] | None, image_size: int | None, quick: bool, seconds: float | None = None
+) -> tuple[list[str], int, float]:
+    """(backbones, image size, seconds for each): what was given, else all at full size, or little for `quick`."""
+    usual = (["mobilenet_v1"], 32, 0.2) if quick else (list(list_backbones()), 224, 20.0)
+    return backbones or usual[0], image_size or usual[1], seconds or usual[2]
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--backbones", nargs="+", choices=list_backbones(), default=list(list_backbones()), metavar="NAME"
-    )
-    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--backbones", nargs="+", choices=list_backbones(), metavar="NAME", help="all")
+    parser.add_argument("--image-size", type=int, help="224")
     parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=20.0, help="for the timing of each backbone")
+    parser.add_argument("--seconds", type=float, help="for the timing of each backbone: 20")
     add_common_options(parser)
+    parser.set_defaults(device="cpu")  # also where there is a GPU
     args = parser.parse_args(arguments)
-    table(args.backbones, args.experts, args.image_size, args.seconds, output_folder(args), args.fresh)
+    if args.device != "cpu":
+        parser.error("latency is of the CPU: use --device cpu")
+    backbones, size, seconds = choose(args.backbones, args.image_size, args.quick, args.seconds)
+    table(backbones, args.experts, size, seconds, output_folder(args), args.fresh)
 
 
 if __name__ == "__main__":

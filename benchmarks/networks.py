@@ -1,11 +1,11 @@
 """Whole networks: static, CondConv, and timm's CondConv, in turns in one run; training steps, inference, peak memory.
 
     python -m benchmarks.networks                       # all: backbones, detectors, latency of one image
-    python -m benchmarks.networks --preset issue3
+    python -m benchmarks.networks --preset targets      # the rows with figures to reach
     python -m benchmarks.networks --preset latency      # the table of benchmarks.latency alone
     python -m benchmarks.networks --preset detectors    # SSD, the table of benchmarks.detectors alone
     python -m benchmarks.networks --backbones resnet18 --batch-sizes 1 64 --image-size 32
-    python -m benchmarks.networks --preset issue3 --autotune    # backends by measurement, not by rule: its own table
+    python -m benchmarks.networks --preset targets --autotune   # backends by measurement, not by rule: its own table
 
 A training step is forward, backward, SGD with momentum and zero_grad. "timm" is its `efficientnet_cc_b0_8e` for
 EfficientNet-B0 with 8 experts, elsewhere its CondConv2d in the place of ours. Before anything is timed, ours is
@@ -29,7 +29,7 @@ import condconv
 from benchmarks import detectors, gates, network_tables, plots
 from benchmarks.contenders import OURS, STATIC, TIMM, Trio, autocast
 from benchmarks.network_gates import gate
-from benchmarks.presets import Case, issue3, of_backbones
+from benchmarks.presets import Case, of_backbones, with_targets
 from benchmarks.report import Report, Row, add_common_options, output_folder
 from benchmarks.timing import failure, time_in_turns
 from models import list_backbones
@@ -113,8 +113,8 @@ def chosen_cases(args: argparse.Namespace) -> list[Case]:
         return of_backbones(backbones, args.device, sizes, args.image_size or 32, args.experts, args.dtype, 0.2)
     found: list[Case] = []
     custom = args.backbones or args.batch_sizes or args.image_size
-    if args.preset in ("issue3", "all") and not custom:
-        found += issue3(args.device)
+    if args.preset in ("targets", "all") and not custom:
+        found += with_targets(args.device)
     if args.preset in ("backbones", "all") or custom:
         sizes = args.batch_sizes or ([1, 256] if args.device == "cuda" else [1, 16])
         backbones = args.backbones or list(list_backbones())
@@ -129,7 +129,7 @@ def chosen_cases(args: argparse.Namespace) -> list[Case]:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=["all", "issue3", "backbones", "latency", "detectors"], default="all")
+    parser.add_argument("--preset", choices=["all", "targets", "backbones", "latency", "detectors"], default="all")
     parser.add_argument("--backbones", nargs="+", choices=list_backbones(), metavar="NAME", help="instead of a preset")
     parser.add_argument("--batch-sizes", nargs="+", type=int, metavar="N", help="1 16 on a CPU, 1 256 on CUDA")
     parser.add_argument("--image-size", type=int)
@@ -175,8 +175,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def detector_table(args: argparse.Namespace) -> None:
     """SSD, static against CondConv: a table of its own, benchmarks.detectors."""
-    widths, size, seconds = ([0.25], 64, 0.2) if args.quick else ([0.5, 0.75, 1.0], args.image_size or 300, 30.0)
-    batch = args.batch_sizes[0] if args.batch_sizes else 2 if args.quick else 8
+    given = args.batch_sizes[0] if args.batch_sizes else None
+    widths, size, batch, seconds = detectors.choose(None, args.image_size, given, args.quick)
     detectors.table(widths, args.experts, size, batch, args.device, seconds, output_folder(args), args.fresh)
 
 
@@ -184,8 +184,7 @@ def latency_table(args: argparse.Namespace) -> None:
     """PyTorch and ONNX Runtime, one image, on the CPU: a table of its own, benchmarks.latency."""
     from benchmarks import latency  # needs the extra `export`
 
-    backbones = args.backbones or (["mobilenet_v1"] if args.quick else list(list_backbones()))
-    size, seconds = args.image_size or (32 if args.quick else 224), 0.2 if args.quick else 20.0
+    backbones, size, seconds = latency.choose(args.backbones, args.image_size, args.quick)
     latency.table(backbones, args.experts, size, seconds, output_folder(args), args.fresh)
 
 

@@ -54,7 +54,7 @@ class Case:
         return images.to(self.device, memory_format=torch.channels_last), labels.to(self.device)
 
 
-def issue3(device: str) -> list[Case]:
+def with_targets(device: str) -> list[Case]:
     """The rows of the table of figures to reach, for this kind of device."""
     if device == "cuda":
         targets = {"efficientnet_b0": 1.15, "mobilenet_v1": 1.2, "mobilenet_v2": 1.2, "resnet50": 1.25}
@@ -80,9 +80,9 @@ def of_backbones(
 ) -> list[Case]:
     """Inference at every batch size, training at those above 1, which BatchNorm needs.
 
-    A row of `issue3` is that row, with its targets and rounds: both are written to the same table.
+    A row of `with_targets` is that row, with its targets and rounds: both are written to the same table.
     """
-    asked = {case.id: case for case in issue3(device)}
+    known = {case.id: case for case in with_targets(device)}
     cases = [
         Case(name, experts, training, image_size, batch, dtype, device, budget_s if training else budget_s / 3)
         for name in backbones
@@ -90,4 +90,4 @@ def of_backbones(
         for batch in batch_sizes
         if batch > 1 or not training
     ]
-    return [asked.get(case.id, case) for case in cases]
+    return [known.get(case.id, case) for case in cases]

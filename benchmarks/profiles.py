@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import gates, work
 from benchmarks.contenders import OURS, STATIC, Trio
 from benchmarks.network_gates import gate
-from benchmarks.presets import Case, issue3
+from benchmarks.presets import Case, with_targets
 from benchmarks.report import Report, Row, add_common_options, origin_mark, output_folder
 from benchmarks.timing import failure, time_once_ms
 from models import list_backbones
@@ -71,7 +71,7 @@ def measure(case: Case, rounds: int) -> Row:
 def chosen_cases(args: argparse.Namespace) -> list[Case]:
     """The rows with targets, or what the options ask for."""
     if not (args.backbones or args.quick):
-        return issue3("cpu")
+        return with_targets("cpu")
     size, batches = args.image_size or (32 if args.quick else 224), args.batch_sizes or ([2] if args.quick else [16])
     return [
         Case(name, args.experts, mode == "training", size, batch)
@@ -121,7 +121,7 @@ def _table(row: Row) -> list[str]:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=["issue3"], default="issue3", help="the rows with figures to reach")
+    parser.add_argument("--preset", choices=["targets"], default="targets", help="the rows with figures to reach")
     parser.add_argument(
         "--backbones", nargs="+", choices=list_backbones(), metavar="NAME", help="instead of the preset"
     )

@@ -34,7 +34,7 @@ def check_train(cfg: DictConfig) -> None:
     """
     if cfg.data.get("_target_") is None:
         raise UserError("data=as_trained is for eval.py; choose a data set: data=digits, data=imagenet data.root=...")
-    check_whole(cfg, "data.batch_size_per_device", 1)
+    check_batch(cfg)
     check_complete(cfg)
     without_regularization(cfg)
     check_no_secrets(cfg)
@@ -186,6 +186,22 @@ def check_trainer(cfg: DictConfig) -> None:
             f"trainer.devices={cfg.devices}, but this machine has {found}: use trainer.devices={max(gpus, 1)}. "
             f"(Several processes on a CPU, for tests: trainer=ddp trainer.accelerator=cpu.)"
         )
+
+
+def check_batch(cfg: DictConfig) -> None:
+    """Images of each device and of a step; before the learning rates, which follow from them."""
+    for key in ("devices", "num_nodes"):
+        check_whole(cfg.trainer, key, 1, "trainer.")
+    check_whole(cfg, "data.batch_size_per_device", 1)
+    batch, devices = cfg.data.batch_size_per_device, cfg.trainer.devices * cfg.trainer.num_nodes
+    if OmegaConf.is_interpolation(cfg.trainer, "accumulate_grad_batches") and cfg.trainer.accumulate_grad_batches == 0:
+        raise UserError(
+            f"data.batch_size_per_device={batch} on {devices} device(s) is {batch * devices} images at once, more than "
+            f"a step of this recipe has. Leave it to the recipe or set it lower; or, with "
+            f"trainer.accumulate_grad_batches=1, take larger steps, at a higher rate."
+        )
+    check_whole(cfg, "trainer.accumulate_grad_batches", 1)
+    check_whole(cfg, "batch_size", 1)
 
 
 def check_writable(folder: Path) -> None:

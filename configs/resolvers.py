@@ -1,6 +1,6 @@
 """OmegaConf resolvers of the YAML files.
 
-- ``${calc:"0.016 * ${batch_size} / 256"}`` is arithmetic on numbers: + - * / // and brackets, nothing else.
+- ``${calc:"0.016 * ${batch_size} / 256"}`` is arithmetic on numbers: + - * / //, brackets and min(a, b), nothing else.
 - ``${first:a,b}`` is the first value that is not null.
 - ``${gpu_count:}`` is the number of visible GPUs, at least 1, so that a config of a GPU machine composes anywhere.
 - ``${run_stem:}``, ``${slurm_nodes:}`` and ``${slurm_processes_per_node:}``: see configs/launch.py.
@@ -28,7 +28,7 @@ OPERATORS: dict[type[ast.operator], Callable[[float, float], float]] = {
 
 
 def calc(expression: str | float) -> float:
-    """Value of an arithmetic expression; ValueError for anything but numbers, + - * / // and brackets."""
+    """Value of an arithmetic expression; ValueError for anything but numbers, + - * / //, brackets and min(a, b)."""
 
     def value(node: ast.AST) -> float:
         if isinstance(node, ast.Expression):
@@ -39,7 +39,9 @@ def calc(expression: str | float) -> float:
             return -value(node.operand)
         if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
             return OPERATORS[type(node.op)](value(node.left), value(node.right))
-        raise ValueError(f"calc takes numbers, + - * / // and brackets, not {expression!r}")
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "min" and len(node.args) > 1 and not node.keywords:
+            return min(value(each) for each in node.args)
+        raise ValueError(f"calc takes numbers, + - * / //, brackets and min(a, b), not {expression!r}")
 
     try:
         return value(ast.parse(str(expression), mode="eval"))

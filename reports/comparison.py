@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from reports.groups import Group, identity, make_groups, name_groups, show, twin_identity
+from reports.groups import Group, make_groups, name_groups, show, twin_identities
 from reports.runs import ReportError, Run, why_not
 from reports.statistics import Difference, Spread, paired_difference, spread
 
@@ -225,10 +225,14 @@ def _cautions(runs: Sequence[Run]) -> list[str]:
 
 def _pair(rows: list[Row], metric: Metric, train: Metric, baseline: str | None) -> str:
     """Give each row its baseline and differences; returns the baseline in words."""
-    by_identity = {identity(row.group.settings): row for row in rows}
+    twins: dict[str, Row | None] = {}
+    for row in rows:
+        for key in twin_identities(row.group.settings) if row.group.is_static else ():
+            twins[key] = None if key in twins else row  # of two that start from different weights, neither
     fixed = _find_baseline(rows, baseline) if baseline else None
     for row in rows:
-        other = fixed or (None if row.group.is_static else by_identity.get(twin_identity(row.group.settings)))
+        found = [] if row.group.is_static else [twins.get(key) for key in twin_identities(row.group.settings)]
+        other = fixed or next((twin for twin in found if twin is not None), None)
         if other is None or other is row:
             continue
         row.baseline = other

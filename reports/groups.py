@@ -16,6 +16,8 @@ SEED, EXPERTS = "seed", "condconv.experts"
 # Of a run rather than of what is measured.
 NOT_SETTINGS = ("seed", "name", "paths", "logger", "resume", "sweep_dir", "retry_failed", "hydra")
 NOT_SETTINGS += ("trainer.default_root_dir", "callbacks.progress")
+OF_EXPERTS = re.compile(r"condconv\.|optim\.optimizer\.\w+_by_role\.(router|expert)$")
+"""Settings that touch no static network: a static one has neither routers nor experts to give a rate or a decay to."""
 ROOMS = ("condconv.", "model.", "data.", "optim.", "task.", "trainer.")
 """In this order settings are looked at for columns; all others come after."""
 
@@ -57,7 +59,7 @@ def flatten(node: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
 def settings_of(run: Run) -> Settings:
     """What was measured: the config without seed, name, paths and loggers.
 
-    A static network ignores every condconv.* setting, so its runs are told apart by none of them.
+    A static network ignores every setting `OF_EXPERTS`, so its runs are told apart by none of them.
     """
     flat = dict(flatten(run.config))
     seed, name, folder = flat.get(SEED), flat.get("name"), flat.get("paths.run")
@@ -68,7 +70,7 @@ def settings_of(run: Run) -> Settings:
             continue
         if key.endswith(".seed") and value == seed:
             continue
-        if static and key.startswith("condconv.") and key != EXPERTS:
+        if static and OF_EXPERTS.match(key) and key != EXPERTS:
             continue
         if key == "pretrained" and isinstance(value, str):  # each seed goes on from the run of its own seed
             value = re.sub(rf"(?<=seed-){re.escape(str(seed))}(?!\d)", "<seed>", value)
@@ -85,10 +87,17 @@ def identity(settings: Settings) -> str:
     return json.dumps(plain, sort_keys=True, default=str)
 
 
-def twin_identity(settings: Settings) -> str:
-    """The identity of the static twin: everything but the experts."""
-    others = {key: value for key, value in settings.items() if not key.startswith("condconv.")}
-    return identity({**others, EXPERTS: 0})
+def twin_identities(settings: Settings) -> list[str]:
+    """Under what a group looks for its static twin, and a static one can be found, the nearest first.
+
+    That is everything but the experts. Weights of a network with experts fit no static one, so where a group starts
+    from such (`pretrained=` without upcycling), its twin starts from weights of its own: which ones does not count.
+    """
+    others = {key: value for key, value in settings.items() if not OF_EXPERTS.match(key)} | {EXPERTS: 0}
+    found = [identity(others)]
+    if settings.get("pretrained") is not None and not str(settings.get("condconv.init")).startswith("upcycle"):
+        found.append(identity({**others, "pretrained": "<its own>"}))
+    return found
 
 
 def make_groups(runs: Sequence[Run]) -> list[Group]:
@@ -101,13 +110,19 @@ def make_groups(runs: Sequence[Run]) -> list[Group]:
         if counted is None:
             group.runs.append(run)
         else:
-            same = "the same figures" if counted.figures == run.figures else "other figures"
-            run.reason = f"duplicate of {counted.folder.name} ({same}), which ended later and counts"
+            run.reason = duplicate_of(counted, run)
     found = list(groups.values())
     for group in found:
         group.runs.sort(key=lambda run: sort_key(run.seed))
     name_groups(found)
     return sorted(found, key=lambda group: [sort_key(value) for value in group.columns.values()])
+
+
+def duplicate_of(counted: Run, run: Run) -> str:
+    """Why the second of two finished runs does not count."""
+    same = "the same figures" if counted.figures == run.figures else "other figures"
+    name = counted.folder.name if counted.folder.name != run.folder.name else str(counted.folder)
+    return f"duplicate of {name} ({same}), which ended later and counts"
 
 
 def sort_key(value: Any) -> tuple[int, float, str]:

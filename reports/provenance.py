@@ -74,7 +74,7 @@ def provenance(comparison: Comparison, options: Options) -> list[tuple[str, str]
         (
             "groups",
             "runs whose configs differ in seed, name, paths and loggers alone; "
-            "a static network's condconv.* settings count for nothing",
+            "a static network's condconv.* settings, and its rates and decay of routers and experts, count for nothing",
         ),
         (
             "figures",

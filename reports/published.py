@@ -20,6 +20,8 @@ MODULES = {
     ("CocoDataModule", None): "coco",
     ("TorchvisionDataModule", "cifar10"): "cifar10",
 }
+# Pixels of the published networks; CIFAR-10's are of no backbone of ours.
+IMAGE_SIZES = {"imagenet": 224, "coco": 300}
 # Settings that leave out a part of the images.
 PARTS = ("max_train", "max_val", "max_train_per_class", "max_val_per_class", "holdout")
 LEAVES = {"imagenet": ("top1",), "coco": ("AP", "mAP"), "cifar10": ("top1",)}
@@ -91,10 +93,12 @@ def _width(row: Row) -> float:
 
 
 def _data(row: Row) -> str:
-    """Which data set a group was trained and tested on, all of it; "" for none of the table."""
+    """Which data set a group was trained and tested on, all of it, at the published size; "" for none of the table."""
     settings = row.group.settings
     limited = any(settings.get(f"trainer.limit_{split}_batches") not in (None, 1.0) for split in ("train", "test"))
     if limited or any(settings.get(f"data.{key}") is not None for key in PARTS):
         return ""
     module = str(settings.get("data._target_", "")).rpartition(".")[2]
-    return MODULES.get((module, settings.get("data.dataset", settings.get("data.name"))), "")
+    data = MODULES.get((module, settings.get("data.dataset", settings.get("data.name"))), "")
+    size = settings.get("data.image_size")
+    return data if size == IMAGE_SIZES.get(data, size) else ""

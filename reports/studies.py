@@ -20,6 +20,7 @@ from reports.charts import difference_text
 from reports.comparison import Comparison, compare
 from reports.findings import KINDS as ORDER
 from reports.findings import Finding, findings, interval_text
+from reports.groups import duplicate_of
 from reports.notes import render_notes
 from reports.page import KINDS, TEMPLATES, build_context, markdown_text, write_report, write_text
 from reports.provenance import Options, hours, provenance
@@ -115,13 +116,18 @@ def read_studies(path: Path) -> Studies:
 
 
 def select(
-    study: Study, seeds: Sequence[int], of_name: Mapping[str, Mapping[str, Run]], known: Collection[str] = ()
+    study: Study,
+    seeds: Sequence[int],
+    of_name: Mapping[str, Mapping[str, Run]],
+    duplicates: Mapping[str, Sequence[Run]],
+    known: Collection[str] = (),
 ) -> Part:
     """The part of a study, with its runs compared.
 
     Args:
         seeds: that every group should have if the study names none; what there is of others counts too.
         of_name: name without seed -> seed -> run.
+        duplicates: name without seed -> finished runs that do not count, with the reason: they are listed.
         known: names of runs that an earlier study of the page has: without a run of its own, a study was not run.
     """
     part = Part(study)
@@ -140,6 +146,7 @@ def select(
         return part
     runs = [run for found in finished.values() for run in found]
     part.comparison = compare(runs, None, study.baseline if _has_baseline(runs, study.baseline) else None)
+    part.comparison.left_out += [run for name in study.runs for run in duplicates.get(name, ())]
     old = {run.folder for name in study.runs if name in known for run in finished[name]} if fresh else set()
     told = [row.label for row in part.comparison.rows if {run.folder for run in row.group.runs} <= old]
     part.sentences = _sentences(part.comparison, told)
@@ -175,15 +182,29 @@ def _has_baseline(runs: Sequence[Run], baseline: str | None) -> bool:
     return True
 
 
-def by_name(runs: Sequence[Run], roots: Sequence[Path]) -> dict[str, dict[str, Run]]:
-    """Name without seed -> seed -> run; names count from the first of the roots that a run lies in."""
+def by_name(runs: Sequence[Run], roots: Sequence[Path]) -> tuple[dict[str, dict[str, Run]], dict[str, list[Run]]]:
+    """(name without seed -> seed -> the run that counts, name without seed -> finished runs that do not).
+
+    Names count from the first of the roots that a run lies in, so several roots may hold one name: a finished run goes
+    before one that is not, and of two finished ones the one that ended last counts, as elsewhere.
+    """
     found: dict[str, dict[str, Run]] = {}
-    for run in runs:
+    duplicates: dict[str, list[Run]] = {}
+    for run in sorted(runs, key=_standing, reverse=True):
         root = next((root for root in roots if run.folder.is_relative_to(root)), None)
-        if root is not None:
-            name, _, seed = run.folder.relative_to(root).as_posix().rpartition("_seed-")
-            found.setdefault(name, {})[seed] = run
-    return found
+        if root is None:
+            continue
+        name, _, seed = run.folder.relative_to(root).as_posix().rpartition("_seed-")
+        counted = found.setdefault(name, {}).setdefault(seed, run)
+        if counted is not run and run.status == FINISHED:
+            run.reason = duplicate_of(counted, run)
+            duplicates.setdefault(name, []).append(run)
+    return found, duplicates
+
+
+def _standing(run: Run) -> tuple[bool, bool, str]:
+    """Larger for what says more about a job: a run that finished, one that was started, the one that ended last."""
+    return run.status == FINISHED, run.status != "not started", run.ended
 
 
 def write_studies(
@@ -195,10 +216,10 @@ def write_studies(
         runs: everything below `roots`.
         options: of the page; its notes are Markdown whose links count from the folder `out`.
     """
-    of_name, known = by_name(runs, roots), set[str]()
+    (of_name, duplicates), known = by_name(runs, roots), set[str]()
     parts = []
     for study in studies.studies:
-        part = select(study, studies.seeds, of_name, known)
+        part = select(study, studies.seeds, of_name, duplicates, known)
         known |= set(study.runs)
         if part.comparison is not None:
             folder, title = options.out / study.name, f"{studies.title}: {study.title}"
@@ -208,6 +229,7 @@ def write_studies(
         parts.append(part)
     used = [run for name in known for run in of_name.get(name, {}).values()]
     together = compare(used)
+    together.left_out += [run for name in known for run in duplicates.get(name, ())]
     environment = Environment(loader=FileSystemLoader(TEMPLATES), keep_trailing_newline=True, autoescape=False)
     environment.filters["md"] = markdown_text
     sentences = [(rank, part, finding) for part in parts for rank, finding in part.sentences]

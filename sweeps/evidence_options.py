@@ -21,7 +21,7 @@ HELP = """Run the studies of docs/results/cifar10.md, go on where they stopped, 
 
   data.root=   folder with train/ and val/, one folder of CIFAR-10's image files per class
   studies=     some of {studies};
-               full: backbones too, but not second_backbone, tuned, regimes [all of the protocol]
+               full: backbones too, but not tuned, regimes [all of the protocol]
   protocol=    reduced (CPUs: 20,000 images, 25 epochs) or full (GPUs: all images, 100 epochs) [reduced]
   runs=        folder of the runs [outputs/evidence/<protocol>]
   jobs=        how many at a time, one thread each [as many as cores; 1 with a GPU]
@@ -40,8 +40,8 @@ STUDIES += ("first_block", "routing", "causes", "regimes")
 """In the order in which they are run; `upcycled` needs the static networks of `experts`."""
 OWN_SEEDS: Mapping[str, tuple[str, ...]] = {"tuning": ("11",)}
 """Of studies that seeds= does not reach: what is tuned on held-out images shares no seed with what is compared."""
-ONLY_REDUCED = ("second_backbone", "tuned", "regimes")
-"""`backbones` and the full recipe hold the first and the last already; `tuned` has the rates of the reduced recipe."""
+ONLY_REDUCED = ("tuned", "regimes")
+"""`tuned` has the rates of the reduced recipe, and the full recipe holds `regimes` already."""
 PROTOCOLS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "reduced": (STUDIES, "1,2,3"),
     "full": (("experts", "backbones", *(study for study in STUDIES[1:] if study not in ONLY_REDUCED)), "1,2,3,4,5"),

@@ -143,6 +143,18 @@ def test_dependencies_are_ranges() -> None:
     assert [r for r in requirements if "==" in r or ">=" not in r] == []
 
 
+def test_lower_bounds_have_what_is_used() -> None:
+    """Read in the packages' sources: the first versions that take what stands behind them."""
+    first = {
+        "hatchling": (1, 26),  # license-files as a list
+        "pytorch-lightning": (2, 6),  # Trainer.fit(weights_only=)
+        "wandb-workspaces": (0, 3),  # LinePlot(metric_regex=)
+    }
+    given = [*table("build-system", "requires"), *table("project.optional-dependencies", "train")]
+    bounds = {name: tuple(map(int, version.split("."))) for name, version in (each.split(">=") for each in given)}
+    assert [name for name, version in first.items() if bounds[name] < version] == []
+
+
 def test_the_wheel_holds_the_library_alone() -> None:
     assert table("tool.hatch.build.targets.wheel", "packages") == ["condconv"]
     assert (ROOT / "condconv" / "py.typed").is_file(), "without py.typed nobody's type checker sees our types"

@@ -52,6 +52,12 @@ def targets(node: object) -> list[str]:
     return [target for value in node for target in targets(value)] if isinstance(node, list) else []
 
 
+def dotted(node: object, prefix: str = "") -> list[str]:
+    """The keys of nested dictionaries, of groups too."""
+    found = [(f"{prefix}{key}", value) for key, value in node.items()] if isinstance(node, dict) else []
+    return [name for key, value in found for name in (key, *dotted(value, f"{key}."))]
+
+
 @pytest.mark.parametrize("config", [name for name in ALL if name not in FOR_EVAL and not name.startswith("hydra/")])
 def test_every_config_composes_and_resolves(config: str) -> None:
     group, _, name = config.partition("/")
@@ -69,6 +75,23 @@ def test_eval_config_composes_and_needs_only_a_checkpoint() -> None:
     cfg = compose_config(name="eval")
     del cfg.hydra
     assert OmegaConf.missing_keys(cfg) == {"ckpt"}
+
+
+@pytest.mark.parametrize("name", ["eval", "predict", "export"])
+def test_each_command_has_its_own_help(name: str) -> None:
+    """Every key that it names is one of the command, and every key of the command is named."""
+    cfg = compose_config(name=name)
+    text = cfg.hydra.help.template
+    named = re.findall(r"(?<![\w.])([a-z][\w.]*)=([\w|]*)", text)
+    del cfg.hydra
+    known = set(dotted(OmegaConf.to_container(cfg, resolve=False)))
+    for key, value in named:
+        assert key in known, f"there is no {key}="
+        if key in GROUPS and "|" in value:
+            assert set(value.split("|")) <= set(choices(key))
+    internal = {"paths", "name", "resume"}
+    assert {str(key) for key in cfg} - internal <= {key.partition(".")[0] for key, _ in named}
+    assert f"python {name}.py" in text and "train.py model=" not in text and "optim=" not in text
 
 
 def test_every_backbone_has_a_config() -> None:
@@ -133,7 +156,9 @@ def test_learning_rates_are_scaled_by_the_global_batch() -> None:
 def test_calc_is_arithmetic_and_nothing_else() -> None:
     assert calc("0.016 * 2048 / 256") == pytest.approx(0.128)
     assert calc("-(2 + 3) // 2") == -3 and isinstance(calc("64 * 2"), int)
-    for evil in ("__import__('os')", "2 ** 9", "a + 1", "1 if 2 else 3", "'a' * 3", "True + 1", "1 +", "1 / 0"):
+    assert calc("min(128, 2048 // 32)") == 64 and isinstance(calc("min(128, 64)"), int)
+    more = ("max(1, 2)", "min(1)", "min(*(1, 2))", "min(1, 2, key=3)")
+    for evil in (*more, "__import__('os')", "2 ** 9", "a + 1", "1 if 2 else 3", "'a' * 3", "True + 1", "1 +", "1 / 0"):
         with pytest.raises(ValueError, match="calc"):
             calc(evil)
 

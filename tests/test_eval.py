@@ -48,6 +48,7 @@ def test_eval_repeats_the_figures_of_training(commands: Commands, tmp_path: Path
     assert float(figure(out, "images_per_second")) > 0
     # Nothing is left behind where eval.py was called, and the run is untouched.
     assert {path.name for path in tmp_path.iterdir()} == {"outputs"}
+    assert list(tmp_path.glob("outputs/*/*")) == [last.parent.parent]
 
     # A moved file needs nothing beside it; a folder stands for its last checkpoint.
     moved = tmp_path / "elsewhere.ckpt"

@@ -35,6 +35,12 @@ TRAIN_MISTAKES = {
     "image size 8": ("data.image_size=8", "32 pixels is the smallest"),
     "batch larger than the data": ("data.batch_size_per_device=2000", "larger than the 1438 training images"),
     "batch of nothing": ("data.batch_size_per_device=0", "batch_size_per_device"),
+    "batch larger than the recipe's step": (
+        "experiment=imagenet/resnet50_static data.root=. data.batch_size_per_device=2048",
+        "data.batch_size_per_device=2048 on 1 device(s) is 2048 images at once",
+        "set it lower",
+    ),
+    "no accumulation": ("trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches=0", "at least 1"),
     "no data.root": ("data=imagenet", "data.root must be given", "data.root=..."),
     "wrong data.root": ("data=imagefolder data.root=/no/such/folder", "/no/such/folder", "data.root"),
     "data set not downloaded": ("data=cifar10 data.root=/no/such/folder", "/no/such/folder", "download"),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -68,6 +70,15 @@ def submit(tmp_path: Path, *overrides: str) -> tuple[subprocess.Popen[bytes], Pa
         ["bash", script, *overrides], env={**os.environ, **variables}, stdout=log, stderr=log, start_new_session=True
     )
     return process, run
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.sbatch")), ids=lambda path: path.stem)
+def test_a_job_writes_its_log_where_a_fresh_clone_has_a_folder(script: Path) -> None:
+    """SLURM makes no folder for it: a job whose log cannot be opened dies without a word."""
+    (log,) = re.findall(r"^#SBATCH --output=(\S+)$", script.read_text(), re.MULTILINE)
+    assert "/" not in log
+    ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()]
+    assert any(fnmatch(log.replace("%j", "7"), pattern) for pattern in ignored)
 
 
 @pytest.mark.slow

@@ -23,6 +23,19 @@ def test_a_small_detector_for_real(tmp_path: Path) -> None:
     assert (tmp_path / "detectors-cpu.md").read_text().count("width 0.25, E=2, 64 px") == 3
 
 
+def test_quick_is_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One small detector, and what is given wins."""
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(detectors, "table", lambda *args: asked.append(args[:6]))
+    for words in ([], ["--quick"], ["--quick", "--image-size", "96", "--batch", "4", "--widths", "0.5"]):
+        detectors.main([*words, "--device", "cpu", "--output", str(tmp_path)])
+    assert asked == [
+        ([0.5, 0.75, 1.0], 8, 300, 8, "cpu", 30.0),
+        ([0.25], 8, 64, 2, "cpu", 0.2),
+        ([0.5], 8, 96, 4, "cpu", 0.2),
+    ]
+
+
 def test_the_gate_finds_a_wrong_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     net = settled(0.25, 2, 64, "cpu")
     layer = next(module for module in net.modules() if isinstance(module, CondConv2d))
@@ -46,5 +59,5 @@ def test_the_benchmark_of_networks_ends_with_it(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(detectors, "table", lambda *args: called.append("detectors"))
     monkeypatch.setattr(latency, "table", lambda *args: called.append("latency"))
     networks.main(["--device", "cpu", "--output", str(tmp_path)])
-    networks.main(["--device", "cpu", "--output", str(tmp_path), "--preset", "issue3"])
+    networks.main(["--device", "cpu", "--output", str(tmp_path), "--preset", "targets"])
     assert called == ["detectors", "latency"]

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import latency, networks
 from benchmarks.latency import KINDS, render
+from models import list_backbones
 
 
 def test_the_table() -> None:
@@ -38,11 +39,27 @@ def test_the_benchmark_of_networks_makes_the_table_too(tmp_path: Path, monkeypat
     written = json.loads((tmp_path / "latency-cpu.json").read_text())
     assert [row["id"] for row in written["rows"]] == ["resnet18-e8-224px"]
     assert written["origins"][0]["commands"] == ["python -m benchmarks.networks --preset latency"]
-    networks.main(["--preset", "issue3", *options])
+    networks.main(["--preset", "targets", *options])
     networks.main(["--backbones", "resnet18", *options])
     assert len(json.loads((tmp_path / "latency-cpu.json").read_text())["rows"]) == 1
     networks.main(options)
     assert len(json.loads((tmp_path / "latency-cpu.json").read_text())["rows"]) == 8
+
+
+def test_quick_is_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One small network, and what is given wins."""
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(latency, "table", lambda *args: asked.append(args[:4]))
+    for words in ([], ["--quick"], ["--quick", "--image-size", "64", "--seconds", "1", "--backbones", "resnet18"]):
+        latency.main([*words, "--output", str(tmp_path)])
+    assert asked[0][0] == list(list_backbones()) and asked[0][1:] == (8, 224, 20.0)
+    assert asked[1:] == [(["mobilenet_v1"], 8, 32, 0.2), (["resnet18"], 8, 64, 1.0)]
+
+
+def test_a_gpu_is_not_measured_by_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        latency.main(["--device", "cuda"])
+    assert "latency is of the CPU" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import torch
 from benchmarks import contenders, network_tables, networks, peers
 from benchmarks.contenders import OURS, STATIC, TIMM, Trio
 from benchmarks.network_gates import gate
-from benchmarks.presets import Case, issue3, of_backbones
+from benchmarks.presets import Case, of_backbones, with_targets
 from condconv.ops import choice
 from condconv.ops.registry import BACKENDS
 from models import create_model
@@ -113,8 +113,8 @@ def test_targets_are_judged_honestly() -> None:
     assert network_tables.met(1.0, None) == ""
 
 
-def test_the_issues_table_is_complete_and_its_targets_survive_selection() -> None:
-    assert [(c.backbone, c.image_size, c.batch, c.targets) for c in issue3("cpu")] == [
+def test_the_table_of_targets_is_complete_and_its_targets_survive_selection() -> None:
+    assert [(c.backbone, c.image_size, c.batch, c.targets) for c in with_targets("cpu")] == [
         ("efficientnet_b0", 32, 64, (1.9, 0.18)),
         ("efficientnet_b0", 64, 64, (2.1, 0.35)),
         ("efficientnet_b0", 224, 16, (1.2, 0.95)),
@@ -122,16 +122,16 @@ def test_the_issues_table_is_complete_and_its_targets_survive_selection() -> Non
         ("resnet50", 224, 16, (1.3, 0.8)),
         ("mobilenet_v1", 224, 16, (1.5, 0.7)),
     ]
-    on_gpu = {c.backbone: c.targets[0] for c in issue3("cuda") if c.targets}
+    on_gpu = {c.backbone: c.targets[0] for c in with_targets("cuda") if c.targets}
     assert on_gpu == {"efficientnet_b0": 1.15, "mobilenet_v1": 1.2, "mobilenet_v2": 1.2, "resnet50": 1.25}
     chosen = networks.chosen_cases(networks.parse(["--device", "cpu"]))
     assert len({c.id for c in chosen}) == len(chosen)
-    assert {c.id for c in chosen if c.targets} == {c.id for c in issue3("cpu")}
+    assert {c.id for c in chosen if c.targets} == {c.id for c in with_targets("cpu")}
 
 
 def test_rows_with_targets_keep_them_in_every_preset() -> None:
     cases = of_backbones(["resnet50", "resnet18"], "cpu", [16], 224, 8, "float32", 8.0)
-    wanted = next(case for case in issue3("cpu") if case.backbone == "resnet50")
+    wanted = next(case for case in with_targets("cpu") if case.backbone == "resnet50")
     found = {case.id: (case.targets, case.budget_s) for case in cases}
     assert found[wanted.id] == (wanted.targets, wanted.budget_s)
     assert {targets for name, (targets, _) in found.items() if name != wanted.id} == {None}

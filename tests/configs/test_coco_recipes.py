@@ -45,6 +45,16 @@ def test_headers_and_networks(recipe: str) -> None:
     assert in_head == ("condconv8" in recipe)
 
 
+@pytest.mark.parametrize("width", ["", "w050_", "w075_"])
+def test_twins_differ_in_their_experts_alone(width: str) -> None:
+    """So that a report pairs them; and routers start as in all rows of the paper's tables."""
+    static, ours = (composed(f"ssd300_mobilenet_v1_{width}{kind}") for kind in ("static", "condconv8"))
+    assert (ours.model.condconv_extras, ours.condconv.router_gain) == (True, 1.0)
+    for cfg in (static, ours):
+        cfg.condconv.experts = 0
+    assert static == ours
+
+
 def test_the_object_detection_apis_numbers() -> None:
     cfg = composed("ssd300_mobilenet_v1_static", "trainer=ddp", "trainer.devices=8")
     assert cfg.batch_size == 1024 and cfg.optim.optimizer.lr == pytest.approx(0.9)

@@ -14,6 +14,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader, TensorDataset
 
+from configs.checks import check_batch
+from configs.messages import UserError
 from configs.resolvers import register_resolvers
 from models.ema import CHECKPOINT_KEY
 from models.optim import parameter_roles
@@ -21,13 +23,23 @@ from train import build_network
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RECIPES = sorted(path.stem for path in (CONFIGS / "experiment" / "imagenet").glob("[!_]*.yaml"))
+# Images per step.
+STEPS = {
+    "imagenet/efficientnet_b0_condconv8": 2048,
+    "imagenet/mobilenet_v1_condconv8": 2048,
+    "imagenet/resnet50_condconv8": 1024,
+    "imagenet/modern_mobilenet_v1": 1024,
+    "imagenet/modern_resnet18": 1024,
+    "upcycle/resnet18": 1024,
+}
 CLASSES, BATCH, SIZE = 10, 4, 32
 
 
 @cache
 def composed(recipe: str, *overrides: str) -> DictConfig:
     register_resolvers()
-    given = [f"experiment=imagenet/{recipe}", "data.root=nowhere", "paths.run=nowhere", "logger=none", *overrides]
+    experiment = recipe if "/" in recipe else f"imagenet/{recipe}"
+    given = [f"experiment={experiment}", "data.root=nowhere", "paths.run=nowhere", "logger=none", *overrides]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return compose("train", given)
 
@@ -77,6 +89,30 @@ def test_the_authors_recipe_is_theirs() -> None:
     average = instantiate(cfg.callbacks.average)
     assert (average.decay, average.ramp) == (0.9999, True)
     assert cfg.callbacks.batchnorm.examples == 128
+
+
+@pytest.mark.parametrize(("nodes", "devices"), [(1, 1), (1, 8), (4, 8)])
+@pytest.mark.parametrize(("experiment", "step"), STEPS.items(), ids=[name.replace("/", "-") for name in STEPS])
+def test_a_step_is_the_recipes_on_any_number_of_gpus(experiment: str, step: int, nodes: int, devices: int) -> None:
+    """One experiment for each shared file that says how many images a step has."""
+    cfg = copy.deepcopy(composed(experiment, "pretrained=static.pth"))
+    OmegaConf.update(cfg, "trainer.devices", devices)
+    OmegaConf.update(cfg, "trainer.num_nodes", nodes)
+    check_batch(cfg)
+    assert cfg.data.batch_size_per_device == min(128, step // (nodes * devices))
+    assert cfg.batch_size == step and cfg.optim.optimizer.lr == pytest.approx(cfg.optim.base_lr * step / 256)
+
+
+def test_accumulation_follows_the_users_batch() -> None:
+    cfg = composed("efficientnet_b0_condconv8", "trainer.devices=8", "data.batch_size_per_device=32")
+    assert (cfg.trainer.accumulate_grad_batches, cfg.batch_size) == (8, 2048)
+    cfg = copy.deepcopy(cfg)
+    OmegaConf.update(cfg, "trainer.devices", 6)
+    assert (cfg.trainer.accumulate_grad_batches, cfg.batch_size) == (10, 1920), "as many as fit"
+    assert cfg.optim.lr == pytest.approx(0.016 * 1920 / 256)
+    OmegaConf.update(cfg, "data.batch_size_per_device", 512)
+    with pytest.raises(UserError, match=r"data\.batch_size_per_device=512 on 6 device\(s\) is 3072 images"):
+        check_batch(cfg)
 
 
 def reduced(recipe: str) -> DictConfig:

@@ -80,6 +80,44 @@ def test_twins_agree_in_everything_else(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("setting", ["lr_factor_by_role", "decay_by_role"])
+def test_rates_of_routers_and_experts_touch_no_static_network(setting: str, tmp_path: Path) -> None:
+    key = f"optim.optimizer.{setting}"
+    write_run(tmp_path, 0, 1)
+    for role in ("router", "expert"):
+        write_run(tmp_path, 8, 1, folder=role, overrides={key: {role: 0.5}})
+    write_run(tmp_path, 8, 1, folder="norm", overrides={key: {"norm": 0.5}})
+    write_run(tmp_path, 0, 1, folder="same", overrides={key: {"router": 0.5}}, ended="2026-02-01T00:00:00+00:00")
+    found = compared(tmp_path)
+    assert [run.folder.name for run in found.left_out] == ["mobilenet_v1-e0-s1"], "the same network with the same seed"
+    paired = {row.group.runs[0].folder.name: row.baseline is not None for row in found.rows}
+    assert paired == {"same": False, "router": True, "expert": True, "norm": False}
+
+
+def twins_of(root: Path, *runs: tuple[int, dict[str, Any]]) -> dict[str, str | None]:
+    """Weights of each group with experts -> those of its twin."""
+    for index, (experts, overrides) in enumerate(runs):
+        write_run(root, experts, 1, folder=f"run-{index}", overrides=overrides)
+    weights = [(row.baseline and row.baseline.group.settings, row.group.settings) for row in compared(root).rows]
+    return {ours["pretrained"]: twin and twin["pretrained"] for twin, ours in weights if ours["condconv.experts"]}
+
+
+def test_weights_of_a_network_with_experts_have_their_static_counterpart(tmp_path: Path) -> None:
+    """No static network can start from them, as in the rows of experiment/coco."""
+    static, scratch = (0, {"pretrained": "static.ckpt"}), (0, {"pretrained": None})
+    ours = (8, {"pretrained": "experts.ckpt", "condconv.init": "network"})
+    assert twins_of(tmp_path / "pair", static, ours, scratch) == {"experts.ckpt": "static.ckpt"}
+    assert twins_of(tmp_path / "scratch", scratch, ours) == {"experts.ckpt": None}
+    another = (0, {"pretrained": "other.ckpt"})
+    assert twins_of(tmp_path / "two", static, another, ours) == {"experts.ckpt": None}, "which of them, nobody knows"
+
+
+def test_upcycled_networks_start_from_the_weights_of_their_twin(tmp_path: Path) -> None:
+    statics = [(0, {"pretrained": name}) for name in ("a.ckpt", "b.ckpt")]
+    ours = [(8, {"pretrained": name, "condconv.init": "upcycle"}) for name in ("a.ckpt", "c.ckpt")]
+    assert twins_of(tmp_path, *statics, *ours) == {"a.ckpt": "a.ckpt", "c.ckpt": None}
+
+
 def test_names_and_folders_of_runs_are_no_settings(tmp_path: Path) -> None:
     for seed, folder in ((1, "adam"), (2, "w")):  # parts of "adamw" and "width"
         write_run(tmp_path, 0, seed, folder=folder)

@@ -1,4 +1,4 @@
-"""Ours beside the published figures: only whole networks on the whole of the same data."""
+"""Ours beside the published figures: only whole networks on the whole of the same data, at the same size."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def test_whole_runs_on_the_same_data_stand_beside(tmp_path: Path) -> None:
         ("imagenet", "top1", {"data.max_val_per_class": 5}),
         ("imagenet", "top1", {"trainer.limit_test_batches": 0.5}),
         ("imagenet", "top1", {"model.width": 0.75}),
+        ("imagenet", "top1", {"data.image_size": 64}),
+        ("coco", "AP", {"data.image_size": 512}),
     ],
 )
-def test_other_data_and_parts_do_not(tmp_path: Path, data: str, metric: str, changes: dict[str, Any]) -> None:
+def test_other_data_parts_and_sizes_do_not(tmp_path: Path, data: str, metric: str, changes: dict[str, Any]) -> None:
     assert ours(tmp_path, data, metric, **changes) == []

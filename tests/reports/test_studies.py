@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from pathlib import Path
 
@@ -90,6 +91,24 @@ def test_a_target_is_missed_only_where_the_interval_says_so(runs: Path, tmp_path
     for points, verdict in ((1.0, "met"), (1.2, "not shown"), (2.0, "missed")):
         plain, _, _ = make(runs, tmp_path / "out", file=FILE.replace("points: 0.3", f"points: {points}"))
         assert f"| Experts | **{verdict}** |" in plain
+
+
+def test_a_finished_run_is_not_replaced_by_another_root(runs: Path, tmp_path: Path) -> None:
+    """Neither by a job that is only planned there, nor by a run that failed, nor by one that ended earlier."""
+    other = tmp_path / "other" / "experts"
+    write_run(other, 8, 1, 0.9, folder="e-8_seed-1", ended="2026-01-30T00:00:00+00:00")
+    write_run(other, 8, 2, 0.9, folder="e-8_seed-2", status="failed", ended="2026-02-01T00:00:00+00:00")
+    (other / "sweep.json").write_text(json.dumps({"command": [], "jobs": {"e-8_seed-3": {}, "e-8_seed-4": {}}}))
+    plain, _, said = make(runs, tmp_path / "out", f"runs={tmp_path / 'other'}")
+    assert "8 experts: +1.10 points" in plain and "experts: 6 runs count, 1 are missing" in said
+    assert "experts/e-8 (seeds 4) not run" in plain, "planned, and nowhere else"
+    report = (tmp_path / "out" / "experts" / "report.md").read_text()
+    left_out = report.split("## Left out")[1].split("\n## ")[0]
+    assert left_out.count("| e-8") == 1
+    assert re.search(r"duplicate of \S+e-8\\_seed-1 \(other figures\), which ended later and counts", left_out)
+    # The other way round, the run of the second root ended last.
+    plain, _, _ = make(tmp_path / "other", tmp_path / "again", f"runs={runs}")
+    assert "8 experts: +1.10 points" in plain
 
 
 def test_nothing_run_yet(tmp_path: Path) -> None:

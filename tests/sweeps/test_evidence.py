@@ -50,7 +50,8 @@ def test_the_order(data: Path) -> None:
         assert [seed for study, seeds in tuned for seed in seeds if study == "experts"] == ["1", "2"]
     full = parse([f"data.root={data}", "protocol=full"])
     assert full.studies == PROTOCOLS["full"][0] and full.seeds == ("1", "2", "3", "4", "5")
-    assert "backbones" in full.studies and not {"second_backbone", "tuned", "regimes"} & set(full.studies)
+    assert "backbones" in full.studies and not {"tuned", "regimes"} & set(full.studies)
+    assert "second_backbone" in full.studies, "the twins of ResNet-18 0.125 in other studies; `backbones` has width 1"
     assert "condconv.experts=0,8,16,4,2,1" in full.command("experts", ("1",))
     assert {"experiment=cifar10/full", "condconv.init=upcycle"} <= set(full.command("upcycled", ("1",)))
 
