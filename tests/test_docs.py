@@ -11,6 +11,8 @@ from types import ModuleType
 import pytest
 from hydra import compose, initialize_config_dir
 
+from reports.options import parse as parse_report
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -23,14 +25,15 @@ def load(path: str) -> ModuleType:
     return module
 
 
-def code_blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+def code_blocks(language: str, page: Path = ROOT / "README.md") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
-def commands(program: str) -> list[str]:
-    """The overrides of every call of this program in README.md's blocks."""
-    calls = re.findall(rf"^(?:python|torchrun .*?) {re.escape(program)} (.*)$", "".join(code_blocks("")), re.MULTILINE)
-    return [call.split("  #")[0].strip() for call in calls]
+def commands(*programs: str) -> list[str]:
+    """Every call of these programs in the blocks of all pages, once: "train.py seed=1", without what explains it."""
+    text = "".join(block for page in PAGES for block in code_blocks("", page)).replace("\\\n", "")
+    calls = re.findall(rf"^(?:python|torchrun .*?) ((?:{'|'.join(programs)})\.py .*)$", text, re.MULTILINE)
+    return list(dict.fromkeys(re.split(r"\s+#|\s{2,}(?=[^\s=]+(?:\s|$))", call)[0].strip() for call in calls))
 
 
 def test_the_table_of_backbones_is_what_the_code_computes() -> None:
@@ -45,25 +48,31 @@ def test_the_example_of_the_library_runs() -> None:
     exec(compile(blocks[0], "README.md", "exec"), {"__name__": "readme"})
 
 
-@pytest.mark.parametrize("command", commands("train.py"))
-def test_training_commands_compose(command: str) -> None:
-    """Names of groups and keys in README.md exist; values that name this user's folders are taken as they are."""
-    overrides = [word for word in shlex.split(command) if word != "-m"]
+@pytest.mark.parametrize("command", commands("train", "eval", "predict", "export"))
+def test_commands_compose(command: str) -> None:
+    """Names of groups and keys exist; values that name this user's folders are taken as they are."""
+    program, *overrides = (word for word in shlex.split(command) if word != "-m")
     singles = [re.sub(r"=([^=,]+),.*", r"=\1", word) for word in overrides]
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        cfg = compose("train", overrides=singles)
+        cfg = compose(program.removesuffix(".py"), overrides=singles, return_hydra_config=True)
     for word in singles:
         key, value = word.split("=", 1)
         if "." in key:
             node = cfg
             for part in key.split("."):
                 node = node[part]
-            assert str(node) == value
+            assert str(node).lower() == value.lower()  # True of true
 
 
-def test_readme_has_commands_to_check() -> None:
-    assert len(commands("train.py")) >= 7
-    assert len(commands("eval.py")) >= 1
+@pytest.mark.parametrize("command", commands("report"))
+def test_report_commands_have_known_options(command: str) -> None:
+    assert parse_report(shlex.split(command)[1:])
+
+
+def test_pages_have_commands_to_check() -> None:
+    found = commands("train", "eval", "predict", "export", "report")
+    for program, least in (("train", 20), ("eval", 3), ("predict", 2), ("export", 1), ("report", 4)):
+        assert sum(call.startswith(program) for call in found) >= least, program
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
