@@ -3,6 +3,8 @@ set -u
 cd "${SLURM_SUBMIT_DIR:-.}" || exit 1
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 python="${PYTHON:-.venv/bin/python}"
+# Since 22.05 srun does not take over --cpus-per-task from sbatch, and a process would load images on a single core.
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"; fi
 
 # The job's number names the folder, whatever the run is called: a requeued job finds it again.
 run="${RUN:-outputs/slurm-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}"

@@ -1,4 +1,4 @@
-"""The scripts for SLURM with a stand-in for `srun` and `scontrol`: one folder, signals, requeueing and going on."""
+"""The scripts for one node: with stand-ins for `srun` and `scontrol` a job is requeued and goes on; and torchrun's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from survival import TINY, free_port
+from survival import EPOCHS, TINY, free_port
 
 from configs.messages import EXIT_REQUEUE
 from configs.results import read_result
@@ -116,6 +116,19 @@ def test_a_slurm_job_is_stopped_requeued_and_finished(tmp_path: Path) -> None:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] > step + 2
+
+
+@pytest.mark.slow
+def test_torchrun_on_one_node_trains_and_goes_on(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    variables = {**os.environ, "PYTHON": sys.executable, "ACCELERATOR": "cpu", "PROCESSES": "2", "OMP_NUM_THREADS": "1"}
+    script = str(ROOT / "scripts" / "torchrun_one_node.sh")
+    overrides = [*TINY, "data.batch_size_per_device=8", "trainer.precision=32-true", f"paths.run={run}"]
+    for words, epochs in ((overrides, EPOCHS), ((f"resume={run}", f"trainer.max_epochs={EPOCHS + 1}"), EPOCHS + 1)):
+        done = subprocess.run(["bash", script, *words], env=variables, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout + done.stderr
+        result = read_result(run)
+        assert (result["status"], result["devices"], result["epochs"]) == ("finished", 2, epochs)
 
 
 def tasks_of(group: int) -> list[int]:
