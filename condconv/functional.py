@@ -219,6 +219,11 @@ def check_positions(x: Tensor) -> None:
         raise ValueError(f"x [N, ..., C] has no positions between examples and channels, got {tuple(x.shape)}.")
 
 
+def channels_second(x: Tensor) -> Tensor:
+    """The input `[N, ..., C]` of a linear layer as routers pool it: `[N, C, ...]`."""
+    return x if x.dim() == 2 else x.movedim(-1, 1)
+
+
 def cond_linear(
     x: Tensor,
     routing_weights: Tensor,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condconv.functional import IntPair, Padding, _pair, check_positions, cond_linear, condconv2d
+from condconv.functional import IntPair, Padding, _pair, channels_second, check_positions, cond_linear, condconv2d
 from condconv.ops.registry import check_name
 from condconv.routing import Router, build_router
 
@@ -259,8 +259,7 @@ class CondLinear(_CondLayer):
     def forward(self, x: Tensor, routing_weights: Tensor | None = None) -> Tensor:
         """Map `x [N, ..., C]`, by the routing weights `[N, E]` given, else the block's, else its own router's."""
         check_positions(x)
-        channels_second = x if x.dim() == 2 else x.movedim(-1, 1)
-        routing = self._routing_weights(channels_second, routing_weights)
+        routing = self._routing_weights(channels_second(x), routing_weights)
         return cond_linear(x, routing, self.weight, self.bias, self.backend, self.workspace_bytes)
 
     def extra_repr(self) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from condconv.functional import channels_second
 from condconv.layers import CondConv2d, CondLinear
 
 
@@ -39,9 +40,9 @@ def record_layers(model: nn.Module, receive: Callable[[str, Tensor], None]) -> I
     def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert isinstance(layer, CondConv2d | CondLinear)
         x = args[0] if args else kwargs["x"]
-        channels_second = x if isinstance(layer, CondConv2d) or x.dim() == 2 else x.movedim(-1, 1)
         given = args[1] if len(args) > 1 else kwargs.get("routing_weights")
-        receive(names[layer], layer._routing_weights(channels_second, given))
+        pooled = channels_second(x) if isinstance(layer, CondLinear) else x
+        receive(names[layer], layer._routing_weights(pooled, given))
 
     with hooks_run([layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in names]):
         yield
