@@ -53,6 +53,8 @@ class _CondLayer(nn.Module):
         # The enclosing block's hook puts shared routing weights here for the time of one forward; see
         # `condconv.convert`.
         self.routing: Tensor | None = None
+        # That block's name. A router in here is then the block's, which never pools this layer's input.
+        self.block: str | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -80,12 +82,19 @@ class _CondLayer(nn.Module):
             return routing_weights
         if self.routing is not None:
             return self.routing
+        if self.block is not None:
+            raise RuntimeError(
+                f"A {type(self).__name__} of the block {self.block!r}, which routes for all its layers, was called "
+                "while that block was not running. Gradient checkpointing inside a block does so, when it computes a "
+                "part of it again: checkpoint whole blocks, or convert the parts as blocks of their own. By hand, call "
+                "the whole block, or layer(x, routing_weights)."
+            )
         if self.router is not None:
             routing: Tensor = self.router(x)
             return routing
         raise RuntimeError(
             f"{type(self).__name__} has no router of its own (router=None) and was called without routing weights. "
-            "Call layer(x, routing_weights), or call the whole block whose router feeds it."
+            "Call layer(x, routing_weights)."
         )
 
 

@@ -84,12 +84,17 @@ class RoutingUnit:
 def attach(module: nn.Module, unit: RoutingUnit) -> None:
     """Make `module`, which has its layers and its router already, a routing unit."""
     module.routing_unit = unit  # type: ignore[assignment]  # a plain object, not a submodule
+    for name in filter(None, unit.layers):
+        module.get_submodule(name).block = unit.name  # type: ignore[assignment]
     module.register_forward_pre_hook(_enter, with_kwargs=True)
     module.register_forward_hook(_leave, always_call=True)
 
 
 def detach(module: nn.Module) -> None:
     """Undo `attach`; the router and the layers stay where they are."""
+    unit: RoutingUnit = module.routing_unit  # type: ignore[assignment]
+    for name in filter(None, unit.layers):
+        module.get_submodule(name).block = None  # type: ignore[assignment]
     del module.routing_unit
     for hooks, hook in ((module._forward_pre_hooks, _enter), (module._forward_hooks, _leave)):
         for key in [key for key, registered in hooks.items() if registered is hook]:
