@@ -190,7 +190,7 @@ def _mixture(x_NCHW: Tensor, routing_NE: Tensor, experts_EKB: Tensor, kernel_CRS
 def _empty_output(x_NCHW: Tensor, experts_EKB: Tensor, kernel_CRS: list[int], spec: ConvSpec) -> Tensor:
     output_PQ = spec.output_size((x_NCHW.shape[2], x_NCHW.shape[3]), (kernel_CRS[1], kernel_CRS[2]))
     shape = (x_NCHW.shape[0], experts_EKB.shape[1], *output_PQ)
-    return torch.empty(shape, dtype=x_NCHW.dtype, device=x_NCHW.device, memory_format=memory_format_of(_dense(x_NCHW)))
+    return torch.empty(shape, dtype=x_NCHW.dtype, device=x_NCHW.device, memory_format=memory_format_of(x_NCHW))
 
 
 def _choose(name: str, problem: Problem) -> str:
