@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -24,15 +25,33 @@ SKIP_SLOWER_THAN = 4.0
 
 @dataclass(frozen=True)
 class Measurement:
-    """Times of all candidates for one problem, in milliseconds: forward, and backward too when training."""
+    """Times of all candidates for one problem, in milliseconds: forward, and backward too when training.
+
+    A candidate that ran out of memory has an infinite one.
+    """
 
     problem: Problem
     time_ms: dict[str, float]
 
     @property
     def backend(self) -> str:
-        """The fastest candidate."""
-        return min(self.time_ms, key=lambda name: self.time_ms[name])
+        """The fastest candidate.
+
+        Raises:
+            torch.OutOfMemoryError: none had enough memory.
+        """
+        fastest = min(self.time_ms, key=lambda name: self.time_ms[name])
+        if math.isinf(self.time_ms[fastest]):
+            raise torch.OutOfMemoryError(
+                f"Every backend ran out of memory: {', '.join(self.time_ms)}. Measure with a smaller batch. "
+                f"The problem: {self.problem}"
+            )
+        return fastest
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no candidate ran out of memory, of which there may be more another time."""
+        return all(map(math.isfinite, self.time_ms.values()))
 
 
 def default_cache() -> Path:
@@ -68,14 +87,21 @@ def measure(problem: Problem, repeats: int = 5) -> Measurement:
     """Time every candidate on random tensors of the problem's shapes: medians of `repeats` runs after a first."""
     time_ms: dict[str, float] = {}
     for backend in candidates(problem):
-        run = _workload(backend, problem)
-        run()
-        first = _time_ms(run, problem.device)
-        if first > SKIP_SLOWER_THAN * min(time_ms.values(), default=first):
-            time_ms[backend.name] = first
-            continue
-        time_ms[backend.name] = statistics.median([first, *(_time_ms(run, problem.device) for _ in range(repeats - 1))])
+        best = min(time_ms.values(), default=math.inf)
+        try:
+            time_ms[backend.name] = _candidate_ms(backend, problem, repeats, best)
+        except torch.OutOfMemoryError:  # others need less: the training must not end here
+            time_ms[backend.name] = math.inf
     return Measurement(problem, time_ms)
+
+
+def _candidate_ms(backend: Backend, problem: Problem, repeats: int, best: float) -> float:
+    run = _workload(backend, problem)
+    run()
+    first = _time_ms(run, problem.device)
+    if first > SKIP_SLOWER_THAN * best:
+        return first
+    return statistics.median([first, *(_time_ms(run, problem.device) for _ in range(repeats - 1))])
 
 
 def _workload(backend: Backend, problem: Problem) -> Callable[[], object]:

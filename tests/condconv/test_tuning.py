@@ -154,6 +154,28 @@ def test_the_measured_backend_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert torch.allclose(layer(x), expected, atol=1e-6) and ran == [other]
 
 
+def without_memory(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    def forward(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    for name in names:
+        monkeypatch.setitem(BACKENDS, name, BACKENDS[name]._replace(forward=forward))
+
+
+def test_a_backend_that_runs_out_of_memory_is_passed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cache, layer, x = tmp_path / "cache.json", CondConv2d(4, 4, 3, num_experts=2), torch.randn(2, 4, 6, 6)
+    with monkeypatch.context() as patched:
+        without_memory(patched, "mixture")
+        explanation = condconv.autotune(layer, x, cache=cache, repeats=1)
+    (choice,) = explanation.layers
+    assert choice.backend != "mixture" and "mixture out of memory" in str(explanation)
+    assert measuring.load_cache(cache, "cpu") == {}, "there may be more memory the next time"
+    without_memory(monkeypatch, *choice.time_ms)
+    measurement = measuring.measure(choice.problem, repeats=1)  # raises nothing: other processes wait for the answer
+    with pytest.raises(torch.OutOfMemoryError, match=r"Every backend ran out of memory: .*mixture.*smaller batch"):
+        measurement.backend  # noqa: B018
+
+
 def test_the_random_stream_does_not_know_of_measurements(tmp_path: Path) -> None:
     """Else a training would depend on whether the cache was warm."""
     layers, x = nn.Sequential(nn.Dropout(0.5), *net()), torch.randn(2, 3, 5, 5)
