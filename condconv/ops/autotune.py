@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from condconv.ops.registry import BACKENDS, Backend
 from condconv.ops.spec import Problem, without_autocast
@@ -107,13 +108,16 @@ def _candidate_ms(backend: Backend, problem: Problem, repeats: int, best: float)
 def _workload(backend: Backend, problem: Problem) -> Callable[[], object]:
     device, batch = problem.device, problem.batch
     format_ = torch.channels_last if problem.channels_last else torch.contiguous_format
-    x = torch.randn(batch, problem.in_channels, *problem.size_HW, device=device, dtype=problem.dtype)
-    x = x.contiguous(memory_format=format_)
+
+    def draw(channels: int, size_HW: tuple[int, int]) -> Tensor:
+        # Not a contiguous copy: of 1x1 maps, whose strides tell the format too, that would be the tensor itself.
+        shape = (batch, channels, *size_HW)
+        return torch.empty(shape, device=device, dtype=problem.dtype, memory_format=format_).normal_()
+
+    x, grad_y = draw(problem.in_channels, problem.size_HW), draw(problem.out_channels, problem.output_PQ)
     weight_shape = (problem.experts, problem.out_channels, problem.in_channels // problem.spec.groups)
     weight = torch.randn(*weight_shape, *problem.kernel_RS, device=device, dtype=problem.weight_dtype)
     routing = torch.rand(batch, problem.experts, device=device)
-    grad_y = torch.randn(batch, problem.out_channels, *problem.output_PQ, device=device, dtype=problem.dtype)
-    grad_y = grad_y.contiguous(memory_format=format_)
 
     def run() -> None:
         with without_autocast(x.device):  # as in the operator

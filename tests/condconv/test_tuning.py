@@ -17,7 +17,7 @@ from condconv.ops import autotune as measuring
 from condconv.ops.autotune import Measurement
 from condconv.ops.choice import choose, forget, recording, rule
 from condconv.ops.registry import BACKENDS
-from condconv.ops.spec import ConvSpec, Problem
+from condconv.ops.spec import ConvSpec, Problem, is_channels_last
 
 
 @pytest.fixture(autouse=True)
@@ -191,6 +191,17 @@ def test_measurements_run_without_autocast_as_the_operator_does() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         measuring._workload(spied, problem(training=False))()
     assert seen == [False]
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_one_pixel_is_measured_in_the_layout_of_the_problem(channels_last: bool) -> None:
+    seen: list[bool] = []
+    spied = BACKENDS["mixture"]._replace(
+        forward=lambda x, *args: seen.append(is_channels_last(x)),
+        backward=lambda grad_y, x, *args: seen.append(is_channels_last(grad_y)),
+    )
+    measuring._workload(spied, problem(1, channels_last=channels_last))()
+    assert seen == [channels_last] * 2
 
 
 def test_networks_that_are_compiled_already_are_explained() -> None:
