@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import condconv
 from condconv.ops.registry import BACKENDS, Backend
 from condconv.ops.spec import Problem, without_autocast
 
@@ -63,11 +64,18 @@ def default_cache() -> Path:
 
 def environment(device: str) -> str:
     """What a measurement holds for: versions, the model of GPU or processor and its threads."""
+    versions = f"condconv {condconv.__version__}, torch {torch.__version__}"
     if device == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        name = f"{_processor()}, {torch.get_num_threads()} threads"
-    return f"torch {torch.__version__}, {name}"
+        return f"{versions}, triton {_triton_version()}, {torch.cuda.get_device_name()}"
+    return f"{versions}, {_processor()}, {torch.get_num_threads()} threads"
+
+
+def _triton_version() -> str:
+    try:
+        import triton  # here alone: it takes long, and on a CPU nothing needs it
+    except ImportError:
+        return "none"
+    return str(triton.__version__)
 
 
 def _processor() -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,6 +125,17 @@ def test_measurements_hold_for_one_environment(tmp_path: Path, monkeypatch: pyte
     condconv.autotune(net(), torch.randn(2, 3, 5, 5), cache=cache, repeats=1)
     monkeypatch.setattr(measuring, "environment", lambda device: "another machine")
     assert measuring.load_cache(cache, "cpu") == {}
+
+
+def test_other_algorithms_are_another_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.7.1"))
+    names = {measuring.environment("cuda"), measuring.environment("cpu")}
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.8.0"))
+    names.add(measuring.environment("cuda"))
+    monkeypatch.setattr(condconv, "__version__", "0.0.0")
+    names |= {measuring.environment("cuda"), measuring.environment("cpu")}
+    assert len(names) == 5
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"%s": [1]}'])
