@@ -23,7 +23,7 @@ from torch import Tensor
 
 from condconv.ops import mixture, single
 from condconv.ops.choice import choose
-from condconv.ops.chunked import AUTOMATIC_WORKSPACE_BYTES, PerExampleConv, Tile, plan_tiles
+from condconv.ops.chunked import AUTOMATIC_WORKSPACE_BYTES, PerExampleConv, Tile, most_examples_of, plan_tiles
 from condconv.ops.depthwise import Depthwise
 from condconv.ops.depthwise_sum import DepthwiseSum
 from condconv.ops.gemm import Gemm
@@ -119,6 +119,7 @@ class Mixer:
         where_RS: tuple[slice, slice],
         groups: int,
         budget_bytes: int,
+        most_examples: int | None,
     ) -> None:
         self.dtype = torch.float64 if x_NCHW.dtype == torch.float64 else torch.float32
         self.compute_dtype = x_NCHW.dtype
@@ -130,7 +131,7 @@ class Mixer:
         self.budget_bytes = budget_bytes or AUTOMATIC_WORKSPACE_BYTES.get(x_NCHW.device.type, 4 << 20)
         itemsize = torch.finfo(self.dtype).bits // 8
         batch, channels = x_NCHW.shape[0], experts_EKB.shape[1]
-        self.tiles = plan_tiles(batch, channels, self.length, groups == 1, itemsize, self.budget_bytes)
+        self.tiles = plan_tiles(batch, channels, self.length, groups == 1, itemsize, self.budget_bytes, most_examples)
         is_table = experts_EKB.dtype == torch.uint8 and x_NCHW.device.type == "cpu" and self.dtype == torch.float32
         self.in_registers = is_table and batch <= _MOST_BAGS
 
@@ -246,15 +247,17 @@ def compressed_conv2d(
             return _mixture(x_NCHW, routing_NE, experts_EKB, kernel_CRS, spec)
         rows, columns = live_taps(size_HW, kernel_RS, spec)
         where = (slice(rows.start, rows.stop), slice(columns.start, columns.stop))
-        mixer = Mixer(x_NCHW, routing_NE, experts_EKB, kernel_CRS, where, groups, workspace_bytes)
         live_RS = (rows.stop - rows.start, columns.stop - columns.start)
         spec = spec._replace(padding=(rows.padding, columns.padding))
-        if chosen == SINGLE:
+        conv = CONVOLUTIONS.get(chosen)
+        most_examples = most_examples_of(conv, x_NCHW, live_RS, spec) if conv else None
+        mixer = Mixer(x_NCHW, routing_NE, experts_EKB, kernel_CRS, where, groups, workspace_bytes, most_examples)
+        if conv is None:
             return single.convolve(x_NCHW, mixer.only_kernel(), spec)
         y_NKPQ = _empty_output(x_NCHW, experts_EKB, [kernel_CRS[0], *live_RS], spec)
         for tile in mixer.tiles:
             if tile.channels.start == 0:
-                chunk = CONVOLUTIONS[chosen](x_NCHW[tile.examples], live_RS, spec)
+                chunk = conv(x_NCHW[tile.examples], live_RS, spec)
             chunk.forward(mixer.kernels(tile), y_NKPQ[tile.examples, tile.channels])
         return y_NKPQ
 
