@@ -143,7 +143,9 @@ class RoutingStatistics:
         experts = weights_NE.shape[1]
         bins_NE = (weights_NE * self.num_bins).long().clamp(0, self.num_bins - 1)
         flat = (bins_NE + self.num_bins * torch.arange(experts, device=weights_NE.device)).flatten()
-        return torch.bincount(flat, minlength=experts * self.num_bins).view(experts, self.num_bins)
+        counts = torch.zeros(experts * self.num_bins, dtype=torch.int64, device=flat.device)
+        # Not `bincount`, which waits for the device to learn the largest bin.
+        return counts.index_add_(0, flat, torch.ones_like(flat)).view(experts, self.num_bins)
 
     def compute(self) -> RoutingSummary:
         """Statistics of everything seen since the start or the last reset.

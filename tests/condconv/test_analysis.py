@@ -72,6 +72,14 @@ def test_memory_does_not_grow_and_no_graph_is_kept() -> None:
     assert not any(value.requires_grad for value in statistics._sums.values())
 
 
+def test_an_update_waits_for_no_number() -> None:
+    """Meta tensors have none, so whatever would need one fails."""
+    statistics = RoutingStatistics()
+    for _ in range(2):
+        statistics.update(torch.rand(8, 3, device="meta"))
+    assert statistics.num_examples == 16 and statistics._sums["histogram"].shape == (3, 20)
+
+
 def test_half_precision_empty_batches_and_reset() -> None:
     statistics = RoutingStatistics()
     statistics.update(torch.rand(8, 3).bfloat16())
