@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from condconv.float64 import widest
 from condconv.recording import hooks_run
 from condconv.routing import Router, SoftmaxRouter
 
@@ -115,7 +116,7 @@ class RoutingStatistics:
             raise ValueError(f"these statistics are of {self._origin.shape[0]} experts, got {experts}")
         if routing_NE.shape[0] == 0:
             return
-        weights = routing_NE.detach().to(torch.float32 if routing_NE.device.type == "mps" else torch.float64)
+        weights = widest(routing_NE.detach())
         if self._origin is None:  # sums of powers about a point near the mean: about zero, small variances cancel
             self._origin = weights.mean(0)
         centred = weights - self._origin
@@ -246,7 +247,7 @@ class ClassStatistics:
         if len(labels_N) != len(routing_NE):
             raise ValueError(f"{len(routing_NE)} examples need as many labels, got {len(labels_N)}")
         known = labels_N >= 0
-        weights = routing_NE.detach().to(torch.float32 if routing_NE.device.type == "mps" else torch.float64)[known]
+        weights = widest(routing_NE.detach())[known]
         labels = labels_N[known].to(weights.device)
         if self._counts is None:
             self._origin = weights.mean(0) if len(weights) else weights.new_zeros(weights.shape[1])
