@@ -160,6 +160,13 @@ class SoftmaxRouter(FCRouter):
         super().__init__(in_channels, num_experts, **options)
         self.register_buffer("temperature", torch.tensor(1.0, device=options.get("device")))
         self.set_temperature(temperature)
+        self.initial_temperature = temperature
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew; the temperature is again that of the constructor."""
+        super().reset_parameters()
+        if hasattr(self, "initial_temperature"):  # not yet while the base class is constructed
+            self.set_temperature(self.initial_temperature)
 
     def set_temperature(self, temperature: float) -> None:
         """Set the temperature, a positive number; large ones make routing uniform."""

@@ -107,6 +107,13 @@ def test_the_temperature_is_state_and_no_parameter() -> None:
             router.set_temperature(wrong)
 
 
+def test_the_temperature_is_there_again_after_the_meta_device() -> None:
+    router = build_router("softmax", 4, 3, temperature=30.0, device="meta").to_empty(device="cpu")
+    router.temperature.fill_(math.nan)  # what memory happens to hold
+    router.reset_parameters()
+    assert router.temperature.item() == 30.0
+
+
 @pytest.mark.parametrize(
     ("name", "channels", "units"),
     [
