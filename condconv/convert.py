@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from condconv.initializers import CondLayer, LayerInit, initialize_experts, resolve_init
 from condconv.layers import CondConv2d, CondLinear
-from condconv.routing import DEFAULT_GAIN, Router, build_router, check_routing
+from condconv.routing import DEFAULT_GAIN, NETWORK_WIDE, Router, build_router, check_routing
 from condconv.selection import UnitPlan, is_conv2d_same, observe, plan_units
 from condconv.sharing import RoutingUnit, attach
 from condconv.upcycle import Upcycle
 
 Patterns = str | Sequence[str]
 
-USES_PREVIOUS = ("single", "partially_shared", "hierarchical")
+USES_PREVIOUS = (*NETWORK_WIDE, "hierarchical")
 """Routing functions in which a block needs the routing weights of the block before it."""
 
 
@@ -202,7 +202,7 @@ def _build_router(
         return None
     weight = next(p for layer in plan.layers.values() for p in layer.parameters())
     router = build_router(
-        "fc" if routing in ("single", "partially_shared") else routing,
+        routing,
         plan.in_channels,
         num_experts,
         prev_experts=num_experts if routing == "hierarchical" and index else 0,

@@ -317,6 +317,10 @@ BAD_ARGUMENTS = {
     "classifier kind": ({"classifier": "blocks"}, "the classifier blocks is a Sequential"),
     "classifier twice": ({"blocks": "classifier", "classifier": "classifier"}, "part of the blocks already"),
     "routing": ({"blocks": "blocks.1.*", "routing": "softmx"}, "softmx.*Did you mean 'softmax'"),
+    "temperature": (
+        {"blocks": "blocks.1.*", "routing": "single", "temperature": 2.0},
+        "option of routing 'softmax', not of 'single'",
+    ),
     "init": ({"blocks": "blocks.1.*", "init": "xavier"}, "unknown init 'xavier'"),
     "backend": ({"blocks": "blocks.1.*", "backend": "cudnn"}, "cudnn"),
 }
