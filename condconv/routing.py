@@ -67,7 +67,7 @@ class Router(nn.Module):
         self.expert_dropout = float(expert_dropout)
 
     def logits(self, pooled_NC: Tensor) -> Tensor:
-        """Routing logits `[N, E]` of pooled inputs `[N, C]`."""
+        """Routing logits `[N, E]` of pooled inputs `[N, C]`, with what else the router is given beside them."""
         raise NotImplementedError
 
     def activation(self, logits_NE: Tensor) -> Tensor:
@@ -225,7 +225,7 @@ class HierarchicalRouter(FCRouter):
             pooled = pool(x)
             if previous_routing_NE is not None:
                 pooled = torch.cat([pooled, previous_routing_NE.to(pooled.dtype)], dim=1)
-            return self._drop(self.activation(_linear(pooled, self.fc)))
+            return self._drop(self.activation(self.logits(pooled)))
 
 
 def _hidden(width: float) -> Callable[..., Router]:

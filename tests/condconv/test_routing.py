@@ -114,6 +114,16 @@ def test_the_temperature_is_there_again_after_the_meta_device() -> None:
     assert router.temperature.item() == 30.0
 
 
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_logits_are_what_is_activated(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Subclasses may give other logits: no router goes around the method."""
+    router = build_router(name, 4, 3)
+    seen: list[Tensor] = []
+    logits = router.logits
+    monkeypatch.setattr(router, "logits", lambda pooled: seen.append(logits(pooled)) or seen[-1])
+    assert torch.equal(router(torch.randn(5, 4, 6, 7)), router.activation(seen[0]))
+
+
 @pytest.mark.parametrize(
     ("name", "channels", "units"),
     [
