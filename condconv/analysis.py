@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from condconv.float64 import widest
-from condconv.recording import hooks_run
-from condconv.routing import Router, SoftmaxRouter
+from condconv.recording import hooks_run, routers_of
+from condconv.routing import SoftmaxRouter
 
 SATURATED = 0.98
 """A sigmoid weight a is saturated when |2a - 1| > 0.98, that is below 0.01 or above 0.99: its gradient is under 4 % of
@@ -299,15 +299,13 @@ def normalized_entropy(routing_NE: Tensor) -> Tensor:
 def record_routing(model: nn.Module, num_bins: int = 20) -> Iterator[dict[str, RoutingStatistics]]:
     """While entered, every forward pass of the network adds to the statistics of each of its routers.
 
-    Yields statistics by the router's name ("blocks.4.0.router"); dropout on routing weights is part of what is
-    recorded, so use it in eval mode for undisturbed figures.
+    Yields statistics by the name of the router's block or layer ("blocks.4.0", see `routers_of`); dropout on routing
+    weights is part of what is recorded, so use it in eval mode for undisturbed figures.
 
     Raises:
         ValueError: the network has no router.
     """
-    routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
-    if not routers:
-        raise ValueError("the network has no router, so there are no routing weights to record (experts=0?)")
+    routers = routers_of(model)
     statistics = {
         name: RoutingStatistics(isinstance(router, SoftmaxRouter), num_bins) for name, router in routers.items()
     }

@@ -1,4 +1,4 @@
-"""The routing weights that each CondConv layer gets, wherever they come from: its block, its own router, its caller."""
+"""A network's routers by name, and the routing weights that each CondConv layer gets, whoever gives them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,19 @@ from torch.utils.hooks import RemovableHandle
 
 from condconv.functional import channels_second
 from condconv.layers import CondConv2d, CondLinear
+from condconv.routing import Router
+
+
+def routers_of(model: nn.Module) -> dict[str, Router]:
+    """The routers of a network by the name of their block or layer, in the order of registration.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = {n.removesuffix(".router"): m for n, m in model.named_modules() if isinstance(m, Router)}
+    if not found:
+        raise ValueError("the network has no CondConv layers (experts=0?), so there is no routing to look at")
+    return found
 
 
 @contextmanager

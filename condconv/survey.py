@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from condconv.analysis import ClassStatistics, ClassSummary, RoutingStatistics, RoutingSummary
-from condconv.recording import hooks_run
+from condconv.recording import hooks_run, routers_of
 from condconv.routing import Router, SoftmaxRouter
 
 SAMPLE_BYTES = 64 * 2**20
@@ -95,18 +95,6 @@ class RoutingSurvey:
                 return self.sample[:, first : first + router.num_experts]
             first += router.num_experts
         raise KeyError(name)
-
-
-def routers_of(model: nn.Module) -> dict[str, Router]:
-    """The routers of a network by the name of their block or layer, in the order of registration.
-
-    Raises:
-        ValueError: there is none.
-    """
-    found = {n.removesuffix(".router"): m for n, m in model.named_modules() if isinstance(m, Router)}
-    if not found:
-        raise ValueError("the network has no CondConv layers (experts=0?), so there is no routing to look at")
-    return found
 
 
 @contextmanager

@@ -108,14 +108,14 @@ def test_recording_a_network() -> None:
     with record_routing(net) as statistics:
         for count in (2, 5):
             net(torch.randn(count, 3, 12, 12))
-    assert tuple(statistics) == report.routers
+    assert tuple(statistics) == tuple(unit.name for unit in report.units)
     for name, recorded in statistics.items():
         summary = recorded.compute()
         assert summary.num_examples == 7, name
         assert float(summary.mean.sum()) == pytest.approx(1.0) and recorded.normalized
     net(torch.randn(2, 3, 12, 12))
-    assert statistics["classifier.router"].num_examples == 7, "recording must end with the context"
-    with pytest.raises(ValueError, match="no router"), record_routing(SmallNet()):
+    assert statistics["classifier"].num_examples == 7, "recording must end with the context"
+    with pytest.raises(ValueError, match="no CondConv layers"), record_routing(SmallNet()):
         pass
 
 
