@@ -30,7 +30,7 @@ from condconv.ops.gemm import Gemm
 from condconv.ops.grouped import Grouped
 from condconv.ops.operator import _dense
 from condconv.ops.registry import AUTO, get_backend
-from condconv.ops.spec import ConvSpec, Problem, is_channels_last, live_taps, memory_format_of
+from condconv.ops.spec import ConvSpec, Problem, is_channels_last, live_taps, memory_format_of, without_autocast
 from condconv.ops.workspace import workspace
 
 CONVOLUTIONS: dict[str, type[PerExampleConv]] = {
@@ -242,7 +242,7 @@ def compressed_conv2d(
         training=False,
     )
     chosen = _choose(backend, problem)
-    with torch.autocast(x_NCHW.device.type, enabled=False):
+    with without_autocast(x_NCHW.device):
         if chosen == "mixture":
             return _mixture(x_NCHW, routing_NE, experts_EKB, kernel_CRS, spec)
         rows, columns = live_taps(size_HW, kernel_RS, spec)
