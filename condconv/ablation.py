@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from condconv.recording import hooks_run
-from condconv.survey import catch_routing, routers_of
+from condconv.recording import hooks_run, routers_of
+from condconv.survey import catch_routing
 
 Change = Callable[[str, Tensor], Tensor]
 """(name of the router's block or layer, its weights [N, E]) -> the weights that the layers get instead."""

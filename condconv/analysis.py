@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from condconv.recording import hooks_run
-from condconv.routing import Router, SoftmaxRouter
+from condconv.float64 import widest
+from condconv.recording import hooks_run, routers_of
+from condconv.routing import SoftmaxRouter
 
 SATURATED = 0.98
 """A sigmoid weight a is saturated when |2a - 1| > 0.98, that is below 0.01 or above 0.99: its gradient is under 4 % of
@@ -115,7 +116,7 @@ class RoutingStatistics:
             raise ValueError(f"these statistics are of {self._origin.shape[0]} experts, got {experts}")
         if routing_NE.shape[0] == 0:
             return
-        weights = routing_NE.detach().to(torch.float32 if routing_NE.device.type == "mps" else torch.float64)
+        weights = widest(routing_NE.detach())
         if self._origin is None:  # sums of powers about a point near the mean: about zero, small variances cancel
             self._origin = weights.mean(0)
         centred = weights - self._origin
@@ -143,7 +144,9 @@ class RoutingStatistics:
         experts = weights_NE.shape[1]
         bins_NE = (weights_NE * self.num_bins).long().clamp(0, self.num_bins - 1)
         flat = (bins_NE + self.num_bins * torch.arange(experts, device=weights_NE.device)).flatten()
-        return torch.bincount(flat, minlength=experts * self.num_bins).view(experts, self.num_bins)
+        counts = torch.zeros(experts * self.num_bins, dtype=torch.int64, device=flat.device)
+        # Not `bincount`, which waits for the device to learn the largest bin.
+        return counts.index_add_(0, flat, torch.ones_like(flat)).view(experts, self.num_bins)
 
     def compute(self) -> RoutingSummary:
         """Statistics of everything seen since the start or the last reset.
@@ -244,7 +247,7 @@ class ClassStatistics:
         if len(labels_N) != len(routing_NE):
             raise ValueError(f"{len(routing_NE)} examples need as many labels, got {len(labels_N)}")
         known = labels_N >= 0
-        weights = routing_NE.detach().to(torch.float32 if routing_NE.device.type == "mps" else torch.float64)[known]
+        weights = widest(routing_NE.detach())[known]
         labels = labels_N[known].to(weights.device)
         if self._counts is None:
             self._origin = weights.mean(0) if len(weights) else weights.new_zeros(weights.shape[1])
@@ -296,15 +299,13 @@ def normalized_entropy(routing_NE: Tensor) -> Tensor:
 def record_routing(model: nn.Module, num_bins: int = 20) -> Iterator[dict[str, RoutingStatistics]]:
     """While entered, every forward pass of the network adds to the statistics of each of its routers.
 
-    Yields statistics by the router's name ("blocks.4.0.router"); dropout on routing weights is part of what is
-    recorded, so use it in eval mode for undisturbed figures.
+    Yields statistics by the name of the router's block or layer ("blocks.4.0", see `routers_of`); dropout on routing
+    weights is part of what is recorded, so use it in eval mode for undisturbed figures.
 
     Raises:
         ValueError: the network has no router.
     """
-    routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
-    if not routers:
-        raise ValueError("the network has no router, so there are no routing weights to record (experts=0?)")
+    routers = routers_of(model)
     statistics = {
         name: RoutingStatistics(isinstance(router, SoftmaxRouter), num_bins) for name, router in routers.items()
     }

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from condconv.compress import CompressedLayer
 from condconv.layers import CondConv2d, CondLinear
 from condconv.routing import FCRouter, Router
+from condconv.sharing import is_unit
 
 State = Mapping[str, Tensor]
 
@@ -84,6 +85,8 @@ def _check_timm_can(network: nn.Module) -> None:
             reasons.append(f"{name} is a {type(module).__name__}, not the fully connected router (routing='fc')")
         elif isinstance(module, CondConv2d) and module.router is not None:
             reasons.append(f"{name} has a router of its own, not its block's")
+        elif is_unit(module) and module.routing_unit.takes_previous:
+            reasons.append(f"{name} uses the routing weights of the block before it (routing='fc' does not)")
     if not any(isinstance(module, CondConv2d) for module in network.modules()):
         reasons.append("there is no CondConv layer in it")
     if reasons:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from condconv.compress import CompressedLayer
+from condconv.float64 import to_float64
 from condconv.layers import CondConv2d, CondLinear
 from condconv.padding import Conv2dSameTF
 from condconv.recording import record_layers
@@ -35,7 +36,7 @@ class RoutingMoments:
 
     def update(self, routing_NE: Tensor) -> None:
         """Take in the routing weights of a batch."""
-        routing = routing_NE.detach().double().cpu()
+        routing = routing_NE.detach().cpu().double()
         self.num_examples += len(routing)
         self._sum += routing.sum(0)
         self._products += routing.T @ routing
@@ -169,14 +170,15 @@ def _mean(routing: Routing) -> Tensor:
 
 
 def _mixed(experts: Tensor, routing_E: Tensor) -> Tensor:
-    mixed: Tensor = torch.tensordot(routing_E.to(experts.device, torch.float64), experts.double(), 1)
+    wide = to_float64(experts)
+    mixed: Tensor = torch.tensordot(to_float64(routing_E).to(wide.device), wide, 1)
     return mixed.to(experts.dtype)
 
 
 def _cost(layer: CondLayer, routing: Routing) -> float | None:
     if isinstance(routing, Tensor):
         return None
-    experts = torch.cat([p.double().flatten(1) for p in layer.parameters(recurse=False)], dim=1).cpu()
+    experts = torch.cat([p.cpu().double().flatten(1) for p in layer.parameters(recurse=False)], dim=1)
     gram = experts @ experts.T
     kept = float(routing.mean @ gram @ routing.mean)
     dropped = max(0.0, float((routing.covariance * gram).sum()))

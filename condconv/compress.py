@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from condconv.functional import Padding, _check_tensors, _compute_input, _geometry, _mix_bias, check_positions
+from condconv.functional import (
+    Padding,
+    _check_tensors,
+    _compute_input,
+    _geometry,
+    _mix_bias,
+    channels_second,
+    check_positions,
+)
 from condconv.layers import CondConv2d, CondLinear, _CondLayer
 from condconv.ops.compressed import CONVOLUTIONS, EXPERT_DTYPES, compressed_conv2d, encode, pack, unpack
 from condconv.ops.operator import needs_plain_torch
@@ -197,7 +205,7 @@ class CompressedLinear(CompressedLayer, CondLinear):
     def forward(self, x: Tensor, routing_weights: Tensor | None = None) -> Tensor:
         """As `CondLinear`, without gradients."""
         check_positions(x)
-        routing = self._routing_weights(x if x.dim() == 2 else x.movedim(-1, 1), routing_weights)
+        routing = self._routing_weights(channels_second(x), routing_weights)
         x_NLC = x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
         y_NK1L = self._convolve(x_NLC.transpose(1, 2).unsqueeze(2), routing, (1, 1), 0, (1, 1), 1)
         return y_NK1L.squeeze(2).transpose(1, 2).reshape(*x.shape[:-1], self.out_features)

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from condconv.initializers import CondLayer, LayerInit, initialize_experts, resolve_init
 from condconv.layers import CondConv2d, CondLinear
-from condconv.routing import DEFAULT_GAIN, Router, build_router, check_routing
+from condconv.routing import DEFAULT_GAIN, NETWORK_WIDE, Router, build_router, check_routing
 from condconv.selection import UnitPlan, is_conv2d_same, observe, plan_units
 from condconv.sharing import RoutingUnit, attach
 from condconv.upcycle import Upcycle
 
 Patterns = str | Sequence[str]
 
-USES_PREVIOUS = ("single", "partially_shared", "hierarchical")
+USES_PREVIOUS = (*NETWORK_WIDE, "hierarchical")
 """Routing functions in which a block needs the routing weights of the block before it."""
 
 
@@ -93,7 +93,8 @@ def convert(
         num_experts: experts of every layer, at least 1.
         blocks: patterns of names of modules, see `condconv.patterns`. Each match gets one router, which pools the first
             input of the module's forward ([N, C, H, W] or [N, C]) and serves all converted layers in it. A match that
-            is itself a convolution or linear layer gets a router pooled from its own input.
+            is itself a convolution or linear layer gets a router pooled from its own input ([N, ..., C] for a linear
+            layer).
         layers: which layers of the blocks: "all", kinds ("depthwise", "pointwise", "grouped", "dense", "linear"), or
             patterns of the end of their names ("conv_pw").
         exclude: patterns of the end of names; what they match stays static, with all below it ("se", "downsample").
@@ -135,7 +136,7 @@ def convert(
         place = plan.router_name if router is not None else None
         if routing in USES_PREVIOUS or not plan.is_layer:  # a lone layer with its own router needs no hooks
             takes_previous = previous is not None and (router is None or routing == "hierarchical")
-            unit = RoutingUnit(plan.name, tuple(plan.layers), place, takes_previous)
+            unit = RoutingUnit(plan.name, tuple(plan.layers), place, takes_previous, plan.channels_last)
             if previous is not None and takes_previous:
                 previous.successor = module
             attach(module, unit)
@@ -201,7 +202,7 @@ def _build_router(
         return None
     weight = next(p for layer in plan.layers.values() for p in layer.parameters())
     router = build_router(
-        "fc" if routing in ("single", "partially_shared") else routing,
+        routing,
         plan.in_channels,
         num_experts,
         prev_experts=num_experts if routing == "hierarchical" and index else 0,

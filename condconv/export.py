@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condconv.compress import CompressedLayer
+from condconv.functional import channels_second
 from condconv.layers import _PADDING_MODES, CondConv2d, CondLinear
 from condconv.padding import pad_same_tf
 from condconv.sharing import RoutingUnit, attach
@@ -99,7 +100,7 @@ class PlainLinear(_PlainLayer):
 
     def forward(self, x: Tensor, routing_weights: Tensor | None = None) -> Tensor:
         """`[N, ..., K]`."""
-        routing = self.routing_weights(x if x.dim() == 2 else x.movedim(-1, 1), routing_weights).to(x.dtype)
+        routing = self.routing_weights(channels_second(x), routing_weights).to(x.dtype)
         x_NLC = x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
         if self.form == "mixture":
             y_NLEK = F.linear(x_NLC, self.weight).unflatten(-1, (self.num_experts, self.shape[0]))

@@ -137,13 +137,15 @@ def seal_holds(path: str | Path) -> bool | None:
 
 
 def newest_good(path: Path) -> Path | None:
-    """The newest undamaged version of a checkpoint (`last.ckpt`, `last-1.ckpt`, ...), with a warning if it is older."""
-    for found in versions(path):
-        if found != path and path.is_file():
-            print(f"warning: {path} is damaged or truncated; going back to the one before, {found}", file=sys.stderr)
-        if _is_good(found):
-            return found
-    return None
+    """The newest undamaged version of a checkpoint (`last.ckpt`, `last-1.ckpt`, ...), with a warning if it is older.
+
+    None if there is none, or all are damaged.
+    """
+    found = next(filter(_is_good, versions(path)), None)
+    if found is not None and found != path:
+        why = "is damaged or truncated" if path.is_file() else "is missing"
+        print(f"warning: {path} {why}; going back to {found}", file=sys.stderr)
+    return found
 
 
 def _is_good(path: Path) -> bool:

@@ -157,7 +157,8 @@ def condconv2d(
     Args:
         x: Input `[N, C, H, W]`, contiguous or channels last; float64, float32, bfloat16 or float16. N may be 0.
         routing_weights: `[N, E]`, any real numbers. Mixing is done in float32, also under autocast and for half
-            precision.
+            precision. On CUDA it is a product like any other (but in the Triton kernels): where TF32 is allowed
+            (`torch.backends.cuda.matmul.allow_tf32`, off by default), its factors are rounded to that.
         weight: Expert kernels `[E, K, C / groups, R, S]`.
         bias: Expert biases `[E, K]`, mixed like the kernels, or None.
         stride: As in `torch.nn.functional.conv2d`.
@@ -217,6 +218,11 @@ def check_positions(x: Tensor) -> None:
         raise ValueError(f"x must be [N, ..., C], got {x.dim()} dimensions {tuple(x.shape)}.")
     if 0 in x.shape[1:-1]:
         raise ValueError(f"x [N, ..., C] has no positions between examples and channels, got {tuple(x.shape)}.")
+
+
+def channels_second(x: Tensor) -> Tensor:
+    """The input `[N, ..., C]` of a linear layer as routers pool it: `[N, C, ...]`."""
+    return x if x.dim() == 2 else x.movedim(-1, 1)
 
 
 def cond_linear(

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from condconv.float64 import to_float64
 from condconv.layers import CondConv2d, CondLinear
 from condconv.upcycle import UPCYCLES
 
@@ -80,7 +81,7 @@ def initialize_experts(layer: CondLayer, static: nn.Module, name: str, init: str
 def _draw_like(target: Tensor, sample: Tensor) -> None:
     if sample.is_meta:
         return
-    values = sample.double()
+    values = to_float64(sample)
     mean, std = float(values.mean()), float(values.std(correction=0))
     if not math.isfinite(std) or std == 0.0:
         target.copy_(sample)

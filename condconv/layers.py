@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condconv.functional import IntPair, Padding, _pair, check_positions, cond_linear, condconv2d
+from condconv.functional import IntPair, Padding, _pair, channels_second, check_positions, cond_linear, condconv2d
 from condconv.ops.registry import check_name
 from condconv.routing import Router, build_router
 
@@ -53,6 +53,8 @@ class _CondLayer(nn.Module):
         # The enclosing block's hook puts shared routing weights here for the time of one forward; see
         # `condconv.convert`.
         self.routing: Tensor | None = None
+        # That block's name. A router in here is then the block's, which never pools this layer's input.
+        self.block: str | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -80,12 +82,19 @@ class _CondLayer(nn.Module):
             return routing_weights
         if self.routing is not None:
             return self.routing
+        if self.block is not None:
+            raise RuntimeError(
+                f"A {type(self).__name__} of the block {self.block!r}, which routes for all its layers, was called "
+                "while that block was not running. Gradient checkpointing inside a block does so, when it computes a "
+                "part of it again: checkpoint whole blocks, or convert the parts as blocks of their own. By hand, call "
+                "the whole block, or layer(x, routing_weights)."
+            )
         if self.router is not None:
             routing: Tensor = self.router(x)
             return routing
         raise RuntimeError(
             f"{type(self).__name__} has no router of its own (router=None) and was called without routing weights. "
-            "Call layer(x, routing_weights), or call the whole block whose router feeds it."
+            "Call layer(x, routing_weights)."
         )
 
 
@@ -259,8 +268,7 @@ class CondLinear(_CondLayer):
     def forward(self, x: Tensor, routing_weights: Tensor | None = None) -> Tensor:
         """Map `x [N, ..., C]`, by the routing weights `[N, E]` given, else the block's, else its own router's."""
         check_positions(x)
-        channels_second = x if x.dim() == 2 else x.movedim(-1, 1)
-        routing = self._routing_weights(channels_second, routing_weights)
+        routing = self._routing_weights(channels_second(x), routing_weights)
         return cond_linear(x, routing, self.weight, self.bias, self.backend, self.workspace_bytes)
 
     def extra_repr(self) -> str:

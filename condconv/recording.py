@@ -1,4 +1,4 @@
-"""The routing weights that each CondConv layer gets, wherever they come from: its block, its own router, its caller."""
+"""A network's routers by name, and the routing weights that each CondConv layer gets, whoever gives them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from condconv.functional import channels_second
 from condconv.layers import CondConv2d, CondLinear
+from condconv.routing import Router
+
+
+def routers_of(model: nn.Module) -> dict[str, Router]:
+    """The routers of a network by the name of their block or layer, in the order of registration.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = {n.removesuffix(".router"): m for n, m in model.named_modules() if isinstance(m, Router)}
+    if not found:
+        raise ValueError("the network has no CondConv layers (experts=0?), so there is no routing to look at")
+    return found
 
 
 @contextmanager
@@ -39,9 +53,9 @@ def record_layers(model: nn.Module, receive: Callable[[str, Tensor], None]) -> I
     def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert isinstance(layer, CondConv2d | CondLinear)
         x = args[0] if args else kwargs["x"]
-        channels_second = x if isinstance(layer, CondConv2d) or x.dim() == 2 else x.movedim(-1, 1)
         given = args[1] if len(args) > 1 else kwargs.get("routing_weights")
-        receive(names[layer], layer._routing_weights(channels_second, given))
+        pooled = channels_second(x) if isinstance(layer, CondLinear) else x
+        receive(names[layer], layer._routing_weights(pooled, given))
 
     with hooks_run([layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in names]):
         yield

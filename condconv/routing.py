@@ -2,7 +2,8 @@
 
 A router pools its input over space and maps the pooled channels to `[N, E]`. Everything after the pooling runs in
 float32, also under autocast and for half-precision networks: routing weights multiply whole kernels, and a rounded
-sigmoid saturates early.
+sigmoid saturates early. On CUDA the linear maps are products like any other: where TF32 is allowed
+(`torch.backends.cuda.matmul.allow_tf32`, off by default), their factors are rounded to that.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Router(nn.Module):
         self.expert_dropout = float(expert_dropout)
 
     def logits(self, pooled_NC: Tensor) -> Tensor:
-        """Routing logits `[N, E]` of pooled inputs `[N, C]`."""
+        """Routing logits `[N, E]` of pooled inputs `[N, C]`, with what else the router is given beside them."""
         raise NotImplementedError
 
     def activation(self, logits_NE: Tensor) -> Tensor:
@@ -159,6 +160,13 @@ class SoftmaxRouter(FCRouter):
         super().__init__(in_channels, num_experts, **options)
         self.register_buffer("temperature", torch.tensor(1.0, device=options.get("device")))
         self.set_temperature(temperature)
+        self.initial_temperature = temperature
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew; the temperature is again that of the constructor."""
+        super().reset_parameters()
+        if hasattr(self, "initial_temperature"):  # not yet while the base class is constructed
+            self.set_temperature(self.initial_temperature)
 
     def set_temperature(self, temperature: float) -> None:
         """Set the temperature, a positive number; large ones make routing uniform."""
@@ -217,7 +225,7 @@ class HierarchicalRouter(FCRouter):
             pooled = pool(x)
             if previous_routing_NE is not None:
                 pooled = torch.cat([pooled, previous_routing_NE.to(pooled.dtype)], dim=1)
-            return self._drop(self.activation(_linear(pooled, self.fc)))
+            return self._drop(self.activation(self.logits(pooled)))
 
 
 def _hidden(width: float) -> Callable[..., Router]:

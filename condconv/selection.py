@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from condconv.kinds import KINDS, layer_kind
 from condconv.layers import CondConv2d, CondLinear
 from condconv.patterns import matches, matches_end, nearest
-from condconv.sharing import is_unit
+from condconv.sharing import is_unit, pooled_input
 
 
 @dataclass
@@ -26,6 +27,11 @@ class UnitPlan:
     @property
     def is_layer(self) -> bool:
         return "" in self.layers
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether the unit is a lone linear layer, whose inputs are `[N, ..., C]`."""
+        return isinstance(self.layers.get(""), nn.Linear)
 
     @property
     def router_name(self) -> str:
@@ -171,14 +177,12 @@ def is_conv2d_same(layer: nn.Module) -> bool:
 def observe(model: nn.Module, plans: list[UnitPlan], example_input: Tensor) -> list[UnitPlan]:
     """Run the network once: units in the order of execution, with the channels of their true inputs."""
     seen: dict[str, int] = {}
-    names = {plan.module: plan.name for plan in plans}
+    by_module = {plan.module: plan for plan in plans}
 
-    def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        x = args[0] if args else next(iter(kwargs.values()), None)
-        if not isinstance(x, Tensor) or x.ndim not in (2, 4):
-            found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{names[module]}: routing needs an input [N, C, H, W] or [N, C], got {found}")
-        seen.setdefault(names[module], x.shape[1])
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        plan = by_module[module]
+        x = pooled_input(plan.name, args, kwargs, plan.in_channels, plan.channels_last)
+        seen.setdefault(plan.name, x.shape[1])
 
     training = {module: module.training for module in model.modules()}
     handles = [plan.module.register_forward_pre_hook(hook, with_kwargs=True) for plan in plans]

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from condconv.functional import channels_second
+
 
 class RoutingUnit:
     """What the hooks of a unit need to know; it is the attribute `routing_unit` of the module.
@@ -30,13 +32,22 @@ class RoutingUnit:
         router: the router's name relative to the module, None for a unit that uses the previous unit's routing weights.
         takes_previous: the unit needs the routing weights of the unit before it, as an input of its router
             (hierarchical routing) or instead of a router.
+        channels_last: the module is a linear layer, whose inputs are `[N, ..., C]`.
     """
 
-    def __init__(self, name: str, layers: tuple[str, ...], router: str | None, takes_previous: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        layers: tuple[str, ...],
+        router: str | None,
+        takes_previous: bool = False,
+        channels_last: bool = False,
+    ) -> None:
         self.name = name
         self.layers = layers
         self.router = router
         self.takes_previous = takes_previous
+        self.channels_last = channels_last
         self.successor: nn.Module | None = None
         self.incoming: Tensor | None = None
         self.incoming_without_grad = False
@@ -73,12 +84,17 @@ class RoutingUnit:
 def attach(module: nn.Module, unit: RoutingUnit) -> None:
     """Make `module`, which has its layers and its router already, a routing unit."""
     module.routing_unit = unit  # type: ignore[assignment]  # a plain object, not a submodule
+    for name in filter(None, unit.layers):
+        module.get_submodule(name).block = unit.name  # type: ignore[assignment]
     module.register_forward_pre_hook(_enter, with_kwargs=True)
     module.register_forward_hook(_leave, always_call=True)
 
 
 def detach(module: nn.Module) -> None:
     """Undo `attach`; the router and the layers stay where they are."""
+    unit: RoutingUnit = module.routing_unit  # type: ignore[assignment]
+    for name in filter(None, unit.layers):
+        module.get_submodule(name).block = None  # type: ignore[assignment]
     del module.routing_unit
     for hooks, hook in ((module._forward_pre_hooks, _enter), (module._forward_hooks, _leave)):
         for key in [key for key, registered in hooks.items() if registered is hook]:
@@ -98,7 +114,12 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         routing, trainable = unit.take_previous(), unit.incoming_without_grad
     else:
         router: Any = module.get_submodule(unit.router)
-        x = _input(unit, router.in_channels, args, kwargs)
+        x = pooled_input(unit.name, args, kwargs, router.in_channels, unit.channels_last)
+        if x.shape[1] != router.in_channels:
+            raise ValueError(
+                f"{unit.name}: its router was built for {router.in_channels} channels, but the block's input has "
+                f"{x.shape[1]}; give convert() an example_input, from which it learns the true number"
+            )
         routing = router(x, unit.take_previous()) if unit.takes_previous else router(x)
         trainable = any(parameter.requires_grad for parameter in router.parameters())
     unit.hand_on(routing, trainable)
@@ -114,18 +135,36 @@ def _leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         layer.routing = None  # type: ignore[assignment]
 
 
-def _input(unit: RoutingUnit, in_channels: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The unit's input: its first positional argument, else its first keyword argument."""
+def pooled_input(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], channels: int, channels_last: bool
+) -> Tensor:
+    """A unit's first positional argument, else its first keyword argument, as its router takes it: `[N, C, ...]`.
+
+    Args:
+        name: of the unit, for messages.
+        args, kwargs: of its forward.
+        channels: what the unit's layers or its router expect. A block with that many last, not second, is given
+            `[N, H, W, C]`, and routing would pool over channels and tell rows apart.
+        channels_last: see `RoutingUnit`.
+
+    Raises:
+        ValueError: a router cannot pool it.
+    """
     x = args[0] if args else next(iter(kwargs.values()), None)
-    if not isinstance(x, Tensor) or x.ndim not in (2, 4):
+    if not isinstance(x, Tensor) or (x.ndim < 2 if channels_last else x.ndim not in (2, 4)):
         found = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        wanted = "[N, ..., C]" if channels_last else "[N, C, H, W] or [N, C]"
         raise ValueError(
-            f"{unit.name}: routing pools the block's first input, which must be [N, C, H, W] or [N, C]; got {found}. "
+            f"{name}: routing pools the block's first input, which must be {wanted}; got {found}. "
             "Choose blocks whose input is a feature map, or convert the layers one by one"
         )
-    if x.shape[1] != in_channels:
+    if channels_last:
+        return channels_second(x)
+    if x.ndim == 4 and x.shape[1] != channels == x.shape[3]:
         raise ValueError(
-            f"{unit.name}: its router was built for {in_channels} channels, but the block's input has {x.shape[1]}; "
-            "give convert() an example_input, from which it learns the true number"
+            f"{name}: routing pools the block's first input over [N, C, H, W], but {tuple(x.shape)} has the "
+            f"{channels} channels of its first layer last, [N, H, W, C]. Convert the block's linear layers one by one "
+            "(blocks='...mlp.fc1'): theirs are known to be last. If these are [N, C, H, W], give images of another "
+            "width as example_input"
         )
     return x

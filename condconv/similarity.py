@@ -42,7 +42,7 @@ class Similarity:
 
 
 def _similarity(name: str, rows_EP: Tensor) -> Similarity:
-    rows = rows_EP.detach().flatten(1).double().cpu()
+    rows = rows_EP.detach().flatten(1).cpu().double()
     unit = F.normalize(rows, dim=1)
     mean = rows.mean(0)
     distance = (rows - mean).square().sum(1).mean().sqrt()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from condconv.analysis import ClassStatistics, ClassSummary, RoutingStatistics, RoutingSummary
-from condconv.recording import hooks_run
+from condconv.recording import hooks_run, routers_of
 from condconv.routing import Router, SoftmaxRouter
 
 SAMPLE_BYTES = 64 * 2**20
@@ -76,7 +76,7 @@ class RoutingSurvey:
         sample: [S, D] routing weights of the first S examples, all routers side by side, float32.
         sample_labels: [S], -1 for none.
         labels: of the examples kept for some expert, by their number.
-        thumbnails: their pictures, as `to_thumbnails` made them.
+        thumbnails: pictures of those kept by the routers that were to have some, as `to_thumbnails` made them.
     """
 
     routers: tuple[RouterSurvey, ...]
@@ -95,18 +95,6 @@ class RoutingSurvey:
                 return self.sample[:, first : first + router.num_experts]
             first += router.num_experts
         raise KeyError(name)
-
-
-def routers_of(model: nn.Module) -> dict[str, Router]:
-    """The routers of a network by the name of their block or layer, in the order of registration.
-
-    Raises:
-        ValueError: there is none.
-    """
-    found = {n.removesuffix(".router"): m for n, m in model.named_modules() if isinstance(m, Router)}
-    if not found:
-        raise ValueError("the network has no CondConv layers (experts=0?), so there is no routing to look at")
-    return found
 
 
 @contextmanager
@@ -188,8 +176,12 @@ def survey_routing(
                 if name not in parts:
                     parts[name] = _Accumulator(routers[name], num_classes, keep, num_bins)
                 parts[name].update(weights, labels, indices)
-            shown = [part.top for name, part in parts.items() if thumbnails_for is None or thumbnails_for(name)]
-            _keep_pictures(shown, images, labels, seen, labels_kept, thumbnails, to_thumbnails)
+            # Of all routers: labels take no room, and tables name every kept example.
+            rows = _renew(labels_kept, [part.top for part in parts.values()], seen)
+            labels_kept.update(zip((seen + row for row in rows), labels[rows].tolist(), strict=True))
+            if to_thumbnails is not None:
+                shown = [part.top for name, part in parts.items() if thumbnails_for is None or thumbnails_for(name)]
+                _keep_pictures(thumbnails, shown, images, seen, to_thumbnails)
             if seen < sample_size:
                 side_by_side = torch.cat(list(routing.values()), 1)[: sample_size - seen].float().cpu()
                 sample.append((side_by_side, labels[: len(side_by_side)].cpu()))
@@ -199,27 +191,34 @@ def survey_routing(
     if not seen:
         raise ValueError("there are no images to look at")
     surveys = tuple(part.result(name) for name, part in parts.items())
-    rows, row_labels = (torch.cat(values) for values in zip(*sample, strict=True))
-    return RoutingSurvey(surveys, seen, correct if classifies else None, rows, row_labels, labels_kept, thumbnails)
+    sampled, sampled_labels = (torch.cat(values) for values in zip(*sample, strict=True))
+    return RoutingSurvey(
+        surveys, seen, correct if classifies else None, sampled, sampled_labels, labels_kept, thumbnails
+    )
+
+
+def _renew(kept: dict[int, Any], tops: list[TopExamples], first: int) -> list[int]:
+    """Drop what is kept of examples that left the top of every expert; the rows of the batch that are to be added.
+
+    Args:
+        kept: by the example's number; changed in place.
+        tops: of the routers that count.
+        first: number of the batch's first example.
+    """
+    wanted: set[int] = set().union(*(top.referenced() for top in tops))
+    for index in kept.keys() - wanted:
+        del kept[index]
+    return sorted(index - first for index in wanted if index >= first)
 
 
 def _keep_pictures(
+    thumbnails: dict[int, Tensor],
     tops: list[TopExamples],
     images: Tensor,
-    labels: Tensor,
     first: int,
-    labels_kept: dict[int, int],
-    thumbnails: dict[int, Tensor],
-    to_thumbnails: Callable[[Tensor], Tensor] | None,
+    to_thumbnails: Callable[[Tensor], Tensor],
 ) -> None:
-    """Take the pictures of those images of the batch that entered the top of an expert, drop those that left it."""
-    wanted: set[int] = set().union(*(top.referenced() for top in tops))
-    for index in labels_kept.keys() - wanted:
-        del labels_kept[index]
-        thumbnails.pop(index, None)
-    new = sorted(index for index in wanted if index >= first)
-    labels_kept.update((index, int(labels[index - first])) for index in new)
-    if to_thumbnails is not None and new:
-        pictures = to_thumbnails(images[[index - first for index in new]])
+    rows = _renew(thumbnails, tops, first)
+    if rows:
         # Clones: rows of one tensor would keep all of it alive.
-        thumbnails.update((index, picture.clone()) for index, picture in zip(new, pictures, strict=True))
+        thumbnails.update((first + row, p.clone()) for row, p in zip(rows, to_thumbnails(images[rows]), strict=True))

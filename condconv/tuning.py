@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from math import isinf
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ class Explanation:
         rows = [("layer", "channels", "kernel", "map", "backend", "why")]
         for choice in self.layers:
             problem = choice.problem
-            times = ", ".join(f"{name} {ms:.2f} ms" for name, ms in sorted(choice.time_ms.items(), key=lambda t: t[1]))
+            in_order = sorted(choice.time_ms.items(), key=lambda t: t[1])
+            times = ", ".join(f"{name} {'out of memory' if isinf(ms) else f'{ms:.2f} ms'}" for name, ms in in_order)
             rows.append(
                 (
                     choice.layer,
@@ -130,6 +132,7 @@ def autotune(model: nn.Module, x: Tensor, *, cache: str | Path | None = None, re
 
     Raises:
         ValueError: When no CondConv layer with backend "auto" runs.
+        torch.OutOfMemoryError: When all backends of a layer run out of memory; those that did alone are left out.
     """
     named = layer_problems(model, x)
     times: dict[Problem, dict[str, float]] = {}
@@ -160,5 +163,5 @@ def _measure_all(problems: list[Problem], cache: Path, repeats: int) -> dict[Pro
             stored = new[-1].time_ms
         times[problem] = stored
     if new:
-        measuring.save_cache(cache, device, new)
+        measuring.save_cache(cache, device, [measurement for measurement in new if measurement.is_complete])
     return times

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from condconv.float64 import to_float64
 from condconv.layers import CondConv2d, CondLinear
 from condconv.routing import FCRouter, Router, SoftmaxRouter
 
@@ -110,10 +111,11 @@ class Upcycle:
         directions = float(projector.trace())  # of a projector: its rank
         if not self.noise or directions < 0.5:
             return
-        scale = self.noise * experts[0].double().square().mean().sqrt() * (len(experts) / directions) ** 0.5
-        noise = torch.randn(experts.shape, dtype=torch.float64, device=experts.device)
-        noise = (projector.to(experts.device) @ noise.flatten(1)).view(experts.shape)
-        experts += (noise * scale).to(experts.dtype)
+        share = to_float64(experts[0])
+        scale = self.noise * share.square().mean().sqrt() * (len(experts) / directions) ** 0.5
+        noise = torch.randn(experts.shape, dtype=torch.float64, device=share.device)
+        noise = (projector.to(share.device) @ noise.flatten(1)).view(experts.shape)
+        experts += (noise * scale).to(experts.dtype).to(experts.device)
 
 
 UPCYCLES = {"upcycle": Upcycle(), "upcycle_neutral": Upcycle(routers="neutral")}

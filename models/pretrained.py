@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
 
-from condconv.checkpoints import from_timm, load_complete, to_timm
+from condconv.checkpoints import from_timm, load_complete, misfits, to_timm
 from condconv.upcycle import UPCYCLES
 from models.weights import HUB, Weights, read_weights
 
@@ -172,7 +173,8 @@ def timm_name(model: Mapping[str, Any]) -> str:
     """The network of timm that computes the same from the same weights.
 
     Raises:
-        ValueError: there is none: another architecture, or padding and epsilon that are of none of them.
+        ValueError: there is none: another architecture or number of experts, or padding and epsilon that are of none
+            of them.
     """
     sizes = {"efficientnet_b0": "b0", "efficientnet_b0_depth": "b1"}
     plain = model.get("width", 1.0) == 1.0 and model.get("depth", 1.0) == 1.0 and not model.get("small_input")
@@ -188,14 +190,30 @@ def timm_name(model: Mapping[str, Any]) -> str:
             f"format=timm: timm's networks have TensorFlow's padding and epsilon (pad_type: same, bn_eps: 0.001) or "
             f"neither, this one {found[0] or 'symmetric'!r} padding and {found[1]}: none computes the same."
         )
-    return f"{prefixes[found]}efficientnet_cc_{sizes[model['name']]}_{model['experts']}e"
+    start = f"{prefixes[found]}efficientnet_cc_{sizes[model['name']]}"
+    name = f"{start}_{model['experts']}e"
+    if not timm.is_model(name):
+        known = ", ".join(timm.list_models(f"{start}_*"))
+        raise ValueError(f"format=timm: timm has no {name}, of {model['name']} there is {known}.")
+    return name
 
 
 def save_for_timm(network: nn.Module, model: Mapping[str, Any], path: Path) -> str:
-    """Write a state dict that timm loads; returns the name of timm's network, see `timm_name`."""
-    name = timm_name(model)
+    """Write a state dict that timm loads; returns the name of timm's network, see `timm_name`.
+
+    Raises:
+        ValueError: timm has no such network, or its own has other layers with experts.
+    """
+    name, state = timm_name(model), to_timm(network)
+    with torch.device("meta"):
+        theirs = timm.create_model(name, num_classes=model["num_classes"], in_chans=model.get("in_chans", 3))
+    if problems := misfits(state, theirs):
+        raise ValueError(
+            f"format=timm: {name} has experts in other layers, those of the paper's placement (placement, from_block, "
+            f"last_blocks and layers as they are by default, classifier=false). Tensors {problems}."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(to_timm(network), path)
+    torch.save(state, path)
     return name
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -14,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+import condconv
 from condconv.ops.registry import BACKENDS, Backend
 from condconv.ops.spec import Problem, without_autocast
 
@@ -24,15 +27,33 @@ SKIP_SLOWER_THAN = 4.0
 
 @dataclass(frozen=True)
 class Measurement:
-    """Times of all candidates for one problem, in milliseconds: forward, and backward too when training."""
+    """Times of all candidates for one problem, in milliseconds: forward, and backward too when training.
+
+    A candidate that ran out of memory has an infinite one.
+    """
 
     problem: Problem
     time_ms: dict[str, float]
 
     @property
     def backend(self) -> str:
-        """The fastest candidate."""
-        return min(self.time_ms, key=lambda name: self.time_ms[name])
+        """The fastest candidate.
+
+        Raises:
+            torch.OutOfMemoryError: none had enough memory.
+        """
+        fastest = min(self.time_ms, key=lambda name: self.time_ms[name])
+        if math.isinf(self.time_ms[fastest]):
+            raise torch.OutOfMemoryError(
+                f"Every backend ran out of memory: {', '.join(self.time_ms)}. Measure with a smaller batch. "
+                f"The problem: {self.problem}"
+            )
+        return fastest
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no candidate ran out of memory, of which there may be more another time."""
+        return all(map(math.isfinite, self.time_ms.values()))
 
 
 def default_cache() -> Path:
@@ -43,11 +64,18 @@ def default_cache() -> Path:
 
 def environment(device: str) -> str:
     """What a measurement holds for: versions, the model of GPU or processor and its threads."""
+    versions = f"condconv {condconv.__version__}, torch {torch.__version__}"
     if device == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        name = f"{_processor()}, {torch.get_num_threads()} threads"
-    return f"torch {torch.__version__}, {name}"
+        return f"{versions}, triton {_triton_version()}, {torch.cuda.get_device_name()}"
+    return f"{versions}, {_processor()}, {torch.get_num_threads()} threads"
+
+
+def _triton_version() -> str:
+    try:
+        import triton  # here alone: it takes long, and on a CPU nothing needs it
+    except ImportError:
+        return "none"
+    return str(triton.__version__)
 
 
 def _processor() -> str:
@@ -68,26 +96,36 @@ def measure(problem: Problem, repeats: int = 5) -> Measurement:
     """Time every candidate on random tensors of the problem's shapes: medians of `repeats` runs after a first."""
     time_ms: dict[str, float] = {}
     for backend in candidates(problem):
-        run = _workload(backend, problem)
-        run()
-        first = _time_ms(run, problem.device)
-        if first > SKIP_SLOWER_THAN * min(time_ms.values(), default=first):
-            time_ms[backend.name] = first
-            continue
-        time_ms[backend.name] = statistics.median([first, *(_time_ms(run, problem.device) for _ in range(repeats - 1))])
+        best = min(time_ms.values(), default=math.inf)
+        try:
+            time_ms[backend.name] = _candidate_ms(backend, problem, repeats, best)
+        except torch.OutOfMemoryError:  # others need less: the training must not end here
+            time_ms[backend.name] = math.inf
     return Measurement(problem, time_ms)
+
+
+def _candidate_ms(backend: Backend, problem: Problem, repeats: int, best: float) -> float:
+    run = _workload(backend, problem)
+    run()
+    first = _time_ms(run, problem.device)
+    if first > SKIP_SLOWER_THAN * best:
+        return first
+    return statistics.median([first, *(_time_ms(run, problem.device) for _ in range(repeats - 1))])
 
 
 def _workload(backend: Backend, problem: Problem) -> Callable[[], object]:
     device, batch = problem.device, problem.batch
     format_ = torch.channels_last if problem.channels_last else torch.contiguous_format
-    x = torch.randn(batch, problem.in_channels, *problem.size_HW, device=device, dtype=problem.dtype)
-    x = x.contiguous(memory_format=format_)
+
+    def draw(channels: int, size_HW: tuple[int, int]) -> Tensor:
+        # Not a contiguous copy: of 1x1 maps, whose strides tell the format too, that would be the tensor itself.
+        shape = (batch, channels, *size_HW)
+        return torch.empty(shape, device=device, dtype=problem.dtype, memory_format=format_).normal_()
+
+    x, grad_y = draw(problem.in_channels, problem.size_HW), draw(problem.out_channels, problem.output_PQ)
     weight_shape = (problem.experts, problem.out_channels, problem.in_channels // problem.spec.groups)
     weight = torch.randn(*weight_shape, *problem.kernel_RS, device=device, dtype=problem.weight_dtype)
     routing = torch.rand(batch, problem.experts, device=device)
-    grad_y = torch.randn(batch, problem.out_channels, *problem.output_PQ, device=device, dtype=problem.dtype)
-    grad_y = grad_y.contiguous(memory_format=format_)
 
     def run() -> None:
         with without_autocast(x.device):  # as in the operator

@@ -116,7 +116,7 @@ def plan_tiles(
     ]
 
 
-def _most_examples(
+def most_examples_of(
     conv: type[PerExampleConv], x_NCHW: Tensor, kernel_RS: tuple[int, int], spec: ConvSpec
 ) -> int | None:
     """Examples of a tile whose patches or copies stay small; None where there are none."""
@@ -219,7 +219,7 @@ def forward(
     size_HW = (x_NCHW.shape[2], x_NCHW.shape[3])
     weight_EKCRS, spec, _ = crop_to_live_taps(weight_EKCRS, size_HW, spec)
     kernel_RS = (weight_EKCRS.shape[3], weight_EKCRS.shape[4])
-    most_examples = _most_examples(conv, x_NCHW, kernel_RS, spec)
+    most_examples = most_examples_of(conv, x_NCHW, kernel_RS, spec)
     height, width = spec.output_size(size_HW, kernel_RS)
     mixer = _Mixer(x_NCHW, routing_NE, weight_EKCRS, spec.groups == 1, workspace_bytes, most_examples, height * width)
     y_NKPQ = torch.empty(
@@ -255,7 +255,7 @@ def backward(
     # The input gradient is a sum over tiles of output channels, which half precision must not accumulate.
     half = x_NCHW.dtype != mixing_dtype(x_NCHW, routing_NE, weight_EKCRS)
     split = spec.groups == 1 and not (half and need_x)
-    most_examples = _most_examples(conv, x_NCHW, kernel_RS, spec)
+    most_examples = most_examples_of(conv, x_NCHW, kernel_RS, spec)
     positions = grad_y_NKPQ.shape[2] * grad_y_NKPQ.shape[3]
     mixer = _Mixer(x_NCHW, routing_NE, weight_EKCRS, split, workspace_bytes, most_examples, positions, backward=True)
     grad_x = torch.empty_like(x_NCHW) if need_x else None

@@ -23,14 +23,14 @@ from torch import Tensor
 
 from condconv.ops import mixture, single
 from condconv.ops.choice import choose
-from condconv.ops.chunked import AUTOMATIC_WORKSPACE_BYTES, PerExampleConv, Tile, plan_tiles
+from condconv.ops.chunked import AUTOMATIC_WORKSPACE_BYTES, PerExampleConv, Tile, most_examples_of, plan_tiles
 from condconv.ops.depthwise import Depthwise
 from condconv.ops.depthwise_sum import DepthwiseSum
 from condconv.ops.gemm import Gemm
 from condconv.ops.grouped import Grouped
 from condconv.ops.operator import _dense
 from condconv.ops.registry import AUTO, get_backend
-from condconv.ops.spec import ConvSpec, Problem, is_channels_last, live_taps, memory_format_of
+from condconv.ops.spec import ConvSpec, Problem, is_channels_last, live_taps, memory_format_of, without_autocast
 from condconv.ops.workspace import workspace
 
 CONVOLUTIONS: dict[str, type[PerExampleConv]] = {
@@ -119,6 +119,7 @@ class Mixer:
         where_RS: tuple[slice, slice],
         groups: int,
         budget_bytes: int,
+        most_examples: int | None,
     ) -> None:
         self.dtype = torch.float64 if x_NCHW.dtype == torch.float64 else torch.float32
         self.compute_dtype = x_NCHW.dtype
@@ -130,7 +131,7 @@ class Mixer:
         self.budget_bytes = budget_bytes or AUTOMATIC_WORKSPACE_BYTES.get(x_NCHW.device.type, 4 << 20)
         itemsize = torch.finfo(self.dtype).bits // 8
         batch, channels = x_NCHW.shape[0], experts_EKB.shape[1]
-        self.tiles = plan_tiles(batch, channels, self.length, groups == 1, itemsize, self.budget_bytes)
+        self.tiles = plan_tiles(batch, channels, self.length, groups == 1, itemsize, self.budget_bytes, most_examples)
         is_table = experts_EKB.dtype == torch.uint8 and x_NCHW.device.type == "cpu" and self.dtype == torch.float32
         self.in_registers = is_table and batch <= _MOST_BAGS
 
@@ -190,7 +191,7 @@ def _mixture(x_NCHW: Tensor, routing_NE: Tensor, experts_EKB: Tensor, kernel_CRS
 def _empty_output(x_NCHW: Tensor, experts_EKB: Tensor, kernel_CRS: list[int], spec: ConvSpec) -> Tensor:
     output_PQ = spec.output_size((x_NCHW.shape[2], x_NCHW.shape[3]), (kernel_CRS[1], kernel_CRS[2]))
     shape = (x_NCHW.shape[0], experts_EKB.shape[1], *output_PQ)
-    return torch.empty(shape, dtype=x_NCHW.dtype, device=x_NCHW.device, memory_format=memory_format_of(_dense(x_NCHW)))
+    return torch.empty(shape, dtype=x_NCHW.dtype, device=x_NCHW.device, memory_format=memory_format_of(x_NCHW))
 
 
 def _choose(name: str, problem: Problem) -> str:
@@ -241,20 +242,22 @@ def compressed_conv2d(
         training=False,
     )
     chosen = _choose(backend, problem)
-    with torch.autocast(x_NCHW.device.type, enabled=False):
+    with without_autocast(x_NCHW.device):
         if chosen == "mixture":
             return _mixture(x_NCHW, routing_NE, experts_EKB, kernel_CRS, spec)
         rows, columns = live_taps(size_HW, kernel_RS, spec)
         where = (slice(rows.start, rows.stop), slice(columns.start, columns.stop))
-        mixer = Mixer(x_NCHW, routing_NE, experts_EKB, kernel_CRS, where, groups, workspace_bytes)
         live_RS = (rows.stop - rows.start, columns.stop - columns.start)
         spec = spec._replace(padding=(rows.padding, columns.padding))
-        if chosen == SINGLE:
+        conv = CONVOLUTIONS.get(chosen)
+        most_examples = most_examples_of(conv, x_NCHW, live_RS, spec) if conv else None
+        mixer = Mixer(x_NCHW, routing_NE, experts_EKB, kernel_CRS, where, groups, workspace_bytes, most_examples)
+        if conv is None:
             return single.convolve(x_NCHW, mixer.only_kernel(), spec)
         y_NKPQ = _empty_output(x_NCHW, experts_EKB, [kernel_CRS[0], *live_RS], spec)
         for tile in mixer.tiles:
             if tile.channels.start == 0:
-                chunk = CONVOLUTIONS[chosen](x_NCHW[tile.examples], live_RS, spec)
+                chunk = conv(x_NCHW[tile.examples], live_RS, spec)
             chunk.forward(mixer.kernels(tile), y_NKPQ[tile.examples, tile.channels])
         return y_NKPQ
 

@@ -15,14 +15,14 @@ from torch.autograd import forward_ad
 
 from condconv.ops.choice import choose
 from condconv.ops.registry import AUTO, get_backend
-from condconv.ops.spec import ConvSpec, Problem, is_channels_last, memory_format_of, without_autocast
+from condconv.ops.spec import ConvSpec, Problem, memory_format_of, without_autocast
 
 _ORDINARY = (Tensor, nn.Parameter)
 
 
 def _dense(x_NCHW: Tensor) -> Tensor:
-    """The tensor itself when it is contiguous in one of the two formats, else a contiguous copy."""
-    return x_NCHW if is_channels_last(x_NCHW) else x_NCHW.contiguous()
+    """The tensor itself when it is contiguous in the format of its strides, else a copy in that format."""
+    return x_NCHW.contiguous(memory_format=memory_format_of(x_NCHW))
 
 
 def _spec(stride: list[int], padding: list[int], dilation: list[int], groups: int) -> ConvSpec:
@@ -38,7 +38,7 @@ def _empty_output(x_NCHW: Tensor, weight_EKCRS: Tensor, spec: ConvSpec) -> Tenso
     size_HW = (x_NCHW.shape[2], x_NCHW.shape[3])
     output_PQ = spec.output_size(size_HW, (weight_EKCRS.shape[3], weight_EKCRS.shape[4]))
     shape = (x_NCHW.shape[0], weight_EKCRS.shape[1], *output_PQ)
-    return torch.empty(shape, dtype=x_NCHW.dtype, device=x_NCHW.device, memory_format=memory_format_of(_dense(x_NCHW)))
+    return torch.empty(shape, dtype=x_NCHW.dtype, device=x_NCHW.device, memory_format=memory_format_of(x_NCHW))
 
 
 def convolve(
@@ -174,7 +174,7 @@ def _(
     needs: list[bool],
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x = torch.empty_like(x_NCHW, memory_format=memory_format_of(_dense(x_NCHW)))
+    grad_x = torch.empty_like(x_NCHW, memory_format=memory_format_of(x_NCHW))
     grad_routing = torch.empty_like(routing_NE, memory_format=torch.contiguous_format)
     grad_weight = torch.empty_like(weight_EKCRS, memory_format=torch.contiguous_format)
     return (

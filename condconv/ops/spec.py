@@ -165,12 +165,24 @@ def convolution_gradient(
 
 
 def is_channels_last(x_NCHW: Tensor) -> bool:
-    """Whether the tensor is laid out as NHWC; 1x1 maps and single channels are told apart by their strides."""
-    try:
-        channels_last = x_NCHW.is_contiguous(memory_format=torch.channels_last)
-    except RuntimeError:  # inside torch.func.vmap nobody can ask
+    """Whether the tensor is laid out as NHWC, or cut out of one that is.
+
+    That is where strides grow from channels over columns and rows to examples: torch's rule (`suggest_memory_format`),
+    by which its convolutions choose the format of their output. It tells 1x1 maps and single channels apart as well.
+    """
+    stride_N, stride_C, stride_H, stride_W = x_NCHW.stride()
+    if stride_C > stride_W:  # NCHW, at once
         return False
-    return bool(channels_last and not (x_NCHW.is_contiguous() and x_NCHW.stride(3) == 1))
+    _, channels, height, width = x_NCHW.shape
+    rows = stride_H * height
+    grow = stride_C * channels <= stride_W and stride_W * width <= stride_H and rows <= stride_N
+    if not grow or stride_C in (0, rows):  # expanded, or examples of one number
+        return False
+    try:
+        x_NCHW.is_contiguous(memory_format=torch.channels_last)
+    except RuntimeError:  # inside torch.func.vmap there is no such format
+        return False
+    return True
 
 
 def memory_format_of(x_NCHW: Tensor) -> torch.memory_format:

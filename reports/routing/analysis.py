@@ -10,8 +10,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from condconv.ablation import AblationResult, evaluate_ablations, list_ablations
+from condconv.recording import routers_of
 from condconv.similarity import depth_similarity, expert_similarity, router_similarity
-from condconv.survey import RoutingSurvey, routers_of, survey_routing
+from condconv.survey import RoutingSurvey, survey_routing
 from reports.routing import ablations as ablation_figures
 from reports.routing import figures, sheets
 from reports.routing.findings import AUTO, Findings, check_experts, choose_classes, choose_experts, choose_layers

@@ -67,7 +67,7 @@ def _top_images(found: Findings) -> Iterator[Row]:
         for expert in range(router.num_experts):
             pairs = zip(router.top_indices[expert].tolist(), router.top_weights[expert].tolist(), strict=True)
             for rank, (index, weight) in enumerate(pairs, 1):
-                if index in found.survey.labels:
+                if index >= 0:  # fewer images than places have been seen
                     yield router.name, expert, rank, index, found.class_name(found.survey.labels[index]), weight
 
 

@@ -72,6 +72,14 @@ def test_memory_does_not_grow_and_no_graph_is_kept() -> None:
     assert not any(value.requires_grad for value in statistics._sums.values())
 
 
+def test_an_update_waits_for_no_number() -> None:
+    """Meta tensors have none, so whatever would need one fails."""
+    statistics = RoutingStatistics()
+    for _ in range(2):
+        statistics.update(torch.rand(8, 3, device="meta"))
+    assert statistics.num_examples == 16 and statistics._sums["histogram"].shape == (3, 20)
+
+
 def test_half_precision_empty_batches_and_reset() -> None:
     statistics = RoutingStatistics()
     statistics.update(torch.rand(8, 3).bfloat16())
@@ -100,14 +108,14 @@ def test_recording_a_network() -> None:
     with record_routing(net) as statistics:
         for count in (2, 5):
             net(torch.randn(count, 3, 12, 12))
-    assert tuple(statistics) == report.routers
+    assert tuple(statistics) == tuple(unit.name for unit in report.units)
     for name, recorded in statistics.items():
         summary = recorded.compute()
         assert summary.num_examples == 7, name
         assert float(summary.mean.sum()) == pytest.approx(1.0) and recorded.normalized
     net(torch.randn(2, 3, 12, 12))
-    assert statistics["classifier.router"].num_examples == 7, "recording must end with the context"
-    with pytest.raises(ValueError, match="no router"), record_routing(SmallNet()):
+    assert statistics["classifier"].num_examples == 7, "recording must end with the context"
+    with pytest.raises(ValueError, match="no CondConv layers"), record_routing(SmallNet()):
         pass
 
 

@@ -6,9 +6,10 @@ import pytest
 import timm
 import torch
 from numerics import assert_close
+from small_networks import SmallNet
 from torch import nn
 
-from condconv import CondConv2d, compress_experts, list_backends
+from condconv import CondConv2d, compress_experts, convert, list_backends
 from condconv.checkpoints import count_experts, from_timm, has_experts, is_timm_condconv, load_complete, to_timm
 from models import create_model
 
@@ -110,6 +111,15 @@ def test_another_number_of_experts_does_not_load() -> None:
 def test_networks_that_timm_cannot_have_are_refused(options: dict, reason: str) -> None:
     with pytest.raises(ValueError, match=f"has no counterpart in timm: .*{reason}"):
         to_timm(create_model("efficientnet_b0", 5, **{"experts": 2, **options}))
+
+
+@pytest.mark.parametrize("routing", ["single", "partially_shared"])
+def test_blocks_without_a_router_are_not_timms(routing: str) -> None:
+    """Their `routing_fn` would be missing from the file."""
+    network = SmallNet()
+    convert(network, 2, blocks="blocks.*.*", exclude="se", routing=routing)
+    with pytest.raises(ValueError, match=r"blocks\.0\.1 uses the routing weights of the block before it"):
+        to_timm(network)
 
 
 @pytest.mark.parametrize("expert_dtype", ["int8", "bf16"])

@@ -15,7 +15,8 @@ from condconv import CondConv2d, CondLinear, complexity, compress_experts, conve
 from condconv.collapse import collapse
 from condconv.compress import CompressedLayer
 from condconv.export import export_form
-from condconv.ops import compressed
+from condconv.ops import chunked, compressed
+from condconv.ops.gemm import Gemm
 
 BYTES = {"int8": 1, "bf16": 2}
 CONVOLUTIONS = {
@@ -108,6 +109,27 @@ def test_experts_are_never_decoded_all_at_once(expert_dtype: str, monkeypatch: p
     decoded.clear()
     small(x[:1], routing[:1])
     assert len(decoded) == (0 if expert_dtype == "int8" else 6)
+
+
+@both
+@torch.no_grad()
+def test_patches_of_a_tile_stay_small(expert_dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    small, plain = pair(layer_of("dense", backend="gemm"), expert_dtype)
+    x, routing = torch.randn(7, 12, 6, 6), torch.rand(7, 3)
+    monkeypatch.setattr(chunked, "PATCHES_BYTES", 2 * 12 * 9 * 9 * 4)  # of two examples, with 3 x 3 outputs
+    taken: list[int] = []
+    unfold = Gemm.patches_BLD.func
+
+    def watched(self: Gemm) -> Tensor:
+        patches_BLD = unfold(self)
+        taken.append(patches_BLD.numel() * patches_BLD.element_size())
+        return patches_BLD
+
+    monkeypatch.setattr(Gemm, "patches_BLD", property(watched))
+    y = small(x, routing)
+    assert len(taken) == 4 and max(taken) <= chunked.PATCHES_BYTES
+    monkeypatch.undo()
+    assert_close(y, plain(x, routing), "y")
 
 
 def test_rounding_is_symmetric_with_a_scale_per_expert_and_channel() -> None:

@@ -13,6 +13,7 @@ from small_networks import InvertedResidual, SmallNet
 from torch import Tensor, nn
 
 from condconv.convert import convert
+from condconv.export import export_form
 from condconv.layers import CondConv2d, CondLinear
 from condconv.routing import Router
 
@@ -243,6 +244,51 @@ def test_an_example_input_tells_channels_and_order() -> None:
     assert net(torch.randn(2, 3, 4, 4)).shape == (2, 2, 4, 4)
 
 
+@pytest.mark.parametrize("shape", [(4, 6), (4, 3, 6), (4, 7, 5, 6)], ids=["vectors", "tokens", "NHWC"])
+@pytest.mark.parametrize("routing", ["fc", "hierarchical", "single"])
+def test_linear_layers_have_their_channels_last(routing: str, shape: tuple[int, ...]) -> None:
+    net = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 5)).double()
+    x = torch.randn(shape, dtype=torch.float64)
+    report = convert(net, EXPERTS, blocks=("0", "1"), routing=routing, router_gain=1.0, example_input=x)
+    assert [unit.in_channels for unit in report.units] == [6, 8]
+    hidden, previous = x, None
+    for layer in net:
+        if layer.router is not None:
+            pooled = hidden.reshape(4, -1, hidden.shape[-1]).mean(1)
+            own = pooled if previous is None or routing == "fc" else torch.cat([pooled, previous], 1)
+            previous = torch.sigmoid(own @ layer.router.fc.weight.T + layer.router.fc.bias)
+        outputs = [
+            nn.functional.linear(e, mixed(layer.weight, r), r @ layer.bias)
+            for e, r in zip(hidden, previous, strict=True)
+        ]
+        hidden = torch.stack(outputs)
+    assert_close(net(x), hidden, routing)
+    assert_close(export_form(net)(x), hidden, "export form")
+
+
+class ChannelsLast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(x)
+
+
+def test_blocks_with_channels_last_are_refused() -> None:
+    """Swin's and others' [N, H, W, C]: pooled over the wrong axes, rows of the image would choose the experts."""
+    x, refusal = torch.randn(2, 7, 5, 6), r"0: .*\(2, 7, 5, 6\) has the 6 channels of its first layer last.*one by one"
+    with pytest.raises(ValueError, match=refusal):
+        convert(nn.Sequential(ChannelsLast()), 2, blocks="0", example_input=x)
+    net = nn.Sequential(ChannelsLast())
+    convert(net, 2, blocks="0")
+    with pytest.raises(ValueError, match=refusal):
+        net(x)
+    net = nn.Sequential(ChannelsLast())
+    convert(net, 2, blocks="0.mlp", example_input=x)
+    assert net(x).shape == x.shape
+
+
 def test_converting_twice_is_an_error() -> None:
     net = SmallNet()
     convert(net, 2, blocks="blocks.1.*", exclude="se", classifier="classifier")
@@ -271,6 +317,10 @@ BAD_ARGUMENTS = {
     "classifier kind": ({"classifier": "blocks"}, "the classifier blocks is a Sequential"),
     "classifier twice": ({"blocks": "classifier", "classifier": "classifier"}, "part of the blocks already"),
     "routing": ({"blocks": "blocks.1.*", "routing": "softmx"}, "softmx.*Did you mean 'softmax'"),
+    "temperature": (
+        {"blocks": "blocks.1.*", "routing": "single", "temperature": 2.0},
+        "option of routing 'softmax', not of 'single'",
+    ),
     "init": ({"blocks": "blocks.1.*", "init": "xavier"}, "unknown init 'xavier'"),
     "backend": ({"blocks": "blocks.1.*", "backend": "cudnn"}, "cudnn"),
 }

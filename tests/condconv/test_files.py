@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from condconv.files import save_sealed, seal_holds, versions, write_whole
+from condconv.files import newest_good, save_sealed, seal_holds, versions, write_whole
 
 
 def state(value: int) -> dict[str, Any]:
@@ -58,6 +58,22 @@ def test_older_versions_are_kept(tmp_path: Path) -> None:
     assert [torch.load(found, weights_only=True)["step"] for found in versions(path)] == [4, 3, 2]
     assert all(seal_holds(found) for found in versions(path))
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_going_back_to_an_older_version_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, older, oldest = (tmp_path / name for name in ("last.ckpt", "last-1.ckpt", "last-2.ckpt"))
+    for step in range(3):
+        save_sealed(state(step), path, keep=3)
+    assert newest_good(path) == path and capsys.readouterr().err == ""
+    path.write_bytes(b"cut")
+    older.write_bytes(b"cut")
+    assert newest_good(path) == oldest
+    assert capsys.readouterr().err == f"warning: {path} is damaged or truncated; going back to {oldest}\n"
+    path.unlink()
+    assert newest_good(path) == oldest
+    assert capsys.readouterr().err == f"warning: {path} is missing; going back to {oldest}\n"
+    oldest.write_bytes(b"cut")
+    assert newest_good(path) is None and capsys.readouterr().err == ""
 
 
 def test_nothing_changes_if_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,6 +107,23 @@ def test_the_temperature_is_state_and_no_parameter() -> None:
             router.set_temperature(wrong)
 
 
+def test_the_temperature_is_there_again_after_the_meta_device() -> None:
+    router = build_router("softmax", 4, 3, temperature=30.0, device="meta").to_empty(device="cpu")
+    router.temperature.fill_(math.nan)  # what memory happens to hold
+    router.reset_parameters()
+    assert router.temperature.item() == 30.0
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_logits_are_what_is_activated(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Subclasses may give other logits: no router goes around the method."""
+    router = build_router(name, 4, 3)
+    seen: list[Tensor] = []
+    logits = router.logits
+    monkeypatch.setattr(router, "logits", lambda pooled: seen.append(logits(pooled)) or seen[-1])
+    assert torch.equal(router(torch.randn(5, 4, 6, 7)), router.activation(seen[0]))
+
+
 @pytest.mark.parametrize(
     ("name", "channels", "units"),
     [

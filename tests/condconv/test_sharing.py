@@ -13,6 +13,7 @@ import torch._dynamo.testing
 from numerics import assert_close
 from small_networks import SmallNet
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from condconv.convert import convert
 from condconv.layers import CondConv2d, CondLinear
@@ -133,6 +134,28 @@ def test_routing_within_checkpointed_segments_is_right(reentrant: bool) -> None:
     assert_same_gradients(gradients(net, x), expected)
 
 
+class CheckpointedInside(nn.Sequential):
+    """What timm's stages do: they are one unit where patterns match stages, and checkpoint their blocks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = checkpoint(layer, x, use_reentrant=True)
+        return x
+
+
+@pytest.mark.parametrize(("blocks", "layers"), [("0", "all"), ("0", "1"), ("0.*", "all")])
+def test_checkpointing_inside_a_block_is_refused_not_wrong(blocks: str, layers: str) -> None:
+    """A container's router lies in its first converted layer, which must not let it pool its own input."""
+    net = nn.Sequential(CheckpointedInside(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)))
+    convert(net, 2, blocks=blocks, layers=layers)
+    y = net(torch.randn(2, 4, 9, 9, requires_grad=True))
+    if blocks == "0":
+        with pytest.raises(RuntimeError, match=r"the block '0'.*Gradient checkpointing inside a block"):
+            y.sum().backward()
+    else:
+        y.sum().backward()
+
+
 @pytest.mark.parametrize(("routing", "backend"), [("fc", "aot_eager"), ("single", "eager"), ("hierarchical", "eager")])
 def test_compiles_once_for_all_batch_sizes(routing: str, backend: str) -> None:
     net = SmallNet()
@@ -199,7 +222,7 @@ def test_an_exception_leaves_no_routing_weights_behind(routed: SmallNet) -> None
 
 def test_layers_called_without_their_block_say_so() -> None:
     net = network()
-    with pytest.raises(RuntimeError, match="no router of its own"):
+    with pytest.raises(RuntimeError, match=r"of the block 'blocks\.0\.0'.*was not running"):
         net.blocks[0][0].conv_pw(torch.randn(1, 6, 4, 4, dtype=torch.float64))
 
 

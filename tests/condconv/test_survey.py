@@ -48,6 +48,17 @@ def test_a_survey_equals_everything_at_once(network: nn.Module) -> None:
         assert torch.equal(picture, images[index, :, 0, 0]) and survey.labels[index] == int(labels[index])
 
 
+def test_labels_of_all_kept_examples_and_pictures_of_chosen_layers(network: nn.Module) -> None:
+    """Tables name every kept example, also of the layers of which nothing is drawn."""
+    labels = torch.randint(0, 5, (23,))
+    batches = batches_of(torch.randn(23, 3, 16, 16), labels, 6)
+    options = {"keep": 2, "thumbnails_for": lambda name: name == "classifier", "to_thumbnails": lambda x: x}
+    survey = survey_routing(network, batches, 5, **options)
+    kept = {router.name: set(router.top_indices.flatten().tolist()) for router in survey.routers}
+    assert survey.labels == {index: int(labels[index]) for index in set().union(*kept.values())}
+    assert set(survey.thumbnails) == kept["classifier"] != set(survey.labels)
+
+
 def test_pictures_of_chosen_layers_and_fewer_images_than_asked_for(network: nn.Module) -> None:
     batches = batches_of(torch.randn(3, 3, 16, 16), torch.tensor([0, -1, 2]), 2)
     survey = survey_routing(network, batches, 5, thumbnails_for=lambda name: False, to_thumbnails=lambda x: x)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from condconv.ops import autotune as measuring
 from condconv.ops.autotune import Measurement
 from condconv.ops.choice import choose, forget, recording, rule
 from condconv.ops.registry import BACKENDS
-from condconv.ops.spec import ConvSpec, Problem
+from condconv.ops.spec import ConvSpec, Problem, is_channels_last
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +127,17 @@ def test_measurements_hold_for_one_environment(tmp_path: Path, monkeypatch: pyte
     assert measuring.load_cache(cache, "cpu") == {}
 
 
+def test_other_algorithms_are_another_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.7.1"))
+    names = {measuring.environment("cuda"), measuring.environment("cpu")}
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.8.0"))
+    names.add(measuring.environment("cuda"))
+    monkeypatch.setattr(condconv, "__version__", "0.0.0")
+    names |= {measuring.environment("cuda"), measuring.environment("cpu")}
+    assert len(names) == 5
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"%s": [1]}'])
 def test_a_broken_cache_is_measured_anew_with_a_warning(tmp_path: Path, text: str) -> None:
     cache = tmp_path / "autotune.json"
@@ -154,6 +167,28 @@ def test_the_measured_backend_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert torch.allclose(layer(x), expected, atol=1e-6) and ran == [other]
 
 
+def without_memory(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    def forward(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    for name in names:
+        monkeypatch.setitem(BACKENDS, name, BACKENDS[name]._replace(forward=forward))
+
+
+def test_a_backend_that_runs_out_of_memory_is_passed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cache, layer, x = tmp_path / "cache.json", CondConv2d(4, 4, 3, num_experts=2), torch.randn(2, 4, 6, 6)
+    with monkeypatch.context() as patched:
+        without_memory(patched, "mixture")
+        explanation = condconv.autotune(layer, x, cache=cache, repeats=1)
+    (choice,) = explanation.layers
+    assert choice.backend != "mixture" and "mixture out of memory" in str(explanation)
+    assert measuring.load_cache(cache, "cpu") == {}, "there may be more memory the next time"
+    without_memory(monkeypatch, *choice.time_ms)
+    measurement = measuring.measure(choice.problem, repeats=1)  # raises nothing: other processes wait for the answer
+    with pytest.raises(torch.OutOfMemoryError, match=r"Every backend ran out of memory: .*mixture.*smaller batch"):
+        measurement.backend  # noqa: B018
+
+
 def test_the_random_stream_does_not_know_of_measurements(tmp_path: Path) -> None:
     """Else a training would depend on whether the cache was warm."""
     layers, x = nn.Sequential(nn.Dropout(0.5), *net()), torch.randn(2, 3, 5, 5)
@@ -169,6 +204,17 @@ def test_measurements_run_without_autocast_as_the_operator_does() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         measuring._workload(spied, problem(training=False))()
     assert seen == [False]
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_one_pixel_is_measured_in_the_layout_of_the_problem(channels_last: bool) -> None:
+    seen: list[bool] = []
+    spied = BACKENDS["mixture"]._replace(
+        forward=lambda x, *args: seen.append(is_channels_last(x)),
+        backward=lambda grad_y, x, *args: seen.append(is_channels_last(grad_y)),
+    )
+    measuring._workload(spied, problem(1, channels_last=channels_last))()
+    assert seen == [channels_last] * 2
 
 
 def test_networks_that_are_compiled_already_are_explained() -> None:

@@ -16,7 +16,7 @@ import models.weights
 from condconv.files import save_sealed
 from condconv.layers import CondConv2d, CondLinear
 from models import create_model, list_backbones
-from models.pretrained import PUBLISHED, open_network
+from models.pretrained import PUBLISHED, open_network, save_for_timm
 from models.weights import Card, Weights, read_weights, save_weights
 
 X = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(5))
@@ -99,6 +99,22 @@ def test_a_file_of_timms_condconv_network_brings_its_padding_and_epsilon(tmp_pat
         create_model("efficientnet_b0", 7, 4, pretrained=path)
     other = create_model("efficientnet_b0", 7, 4, pretrained=path, new_classifier=True)
     assert torch.equal(other.conv_stem.weight, theirs.conv_stem.weight) and other.classifier.out_features == 7
+
+
+def test_files_for_timm_load_there_or_are_not_written(tmp_path: Path) -> None:
+    settings = {"name": "efficientnet_b0", "num_classes": 10, "experts": 4}
+    network = create_model(**settings)
+    name = save_for_timm(network, settings, tmp_path / "new" / "timm.pth")
+    assert name == "efficientnet_cc_b0_4e"
+    state = torch.load(tmp_path / "new" / "timm.pth", weights_only=True)
+    with torch.device("meta"):
+        theirs = timm.create_model(name, num_classes=10)
+    theirs.load_state_dict(state, assign=True)
+    assert torch.equal(theirs.blocks[4][0].routing_fn.weight, network.blocks[4][0].router.fc.weight)
+    elsewhere = create_model(**settings, last_blocks=1)
+    with pytest.raises(ValueError, match=r"efficientnet_cc_b0_4e has experts in other layers.*missing: blocks\.4"):
+        save_for_timm(elsewhere, settings, tmp_path / "other" / "timm.pth")
+    assert not (tmp_path / "other").exists()
 
 
 def test_published_weights_come_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

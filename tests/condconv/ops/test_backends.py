@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 from numerics import assert_close
 from oracle import CPU_BACKENDS, Case, assert_all_close, case_for, cotangent, leaves, oracle, run
 
@@ -207,6 +208,30 @@ def test_inputs_that_are_not_dense(backend: str, kind: str) -> None:
     y = condconv2d(*arguments, 1, 1, 1, case.groups, backend)
     gradients = torch.autograd.grad(y, arguments, cotangent(y))
     assert_all_close([y.detach(), *gradients], expected, torch.float64)
+
+
+@pytest.mark.parametrize("backend", [*CPU_BACKENDS, "auto", "reference"])
+def test_the_format_of_the_output_is_that_of_the_librarys_convolution(backend: str) -> None:
+    """Which goes by the order of strides, so also for channels and positions cut out of NHWC."""
+    case = case_for(backend, padding=(1, 1))
+    _, routing, weight, _ = case.tensors()
+    wide = torch.randn(6, 8, 9, 7, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    layouts = {
+        "channels": wide.chunk(2, 1)[1],
+        "columns": wide[:, :4, :, 1:6],
+        "one column": wide[:, :4, :, :1],
+        "every other row": wide[:, :4, ::2],
+        "every other example": wide[::2, ::2],
+        "one channel for all": wide[:, :1].expand(-1, 4, -1, -1),
+        "one example for all": wide[:1, :4].expand(6, -1, -1, -1),
+        "one example": wide[1, :4].unsqueeze(0),
+        "turned": wide[:, :4].transpose(2, 3),
+    }
+    for name, x in layouts.items():
+        x = x[: case.batch]
+        like = F.conv2d(x, weight[0], None, *case.spec)
+        y = condconv2d(x, routing[: len(x)], weight, None, *case.spec, backend=backend)
+        assert y.stride() == like.stride(), name
 
 
 @pytest.mark.parametrize("backend", [*CPU_BACKENDS, "reference"])

@@ -63,7 +63,7 @@ def test_backward_operator_is_registered_properly(backend: str, case: Case, need
     torch.library.opcheck(operator.conv2d_backward, arguments)
 
 
-@pytest.mark.parametrize("kind", ["channels_last", "one pixel", "sliced", "no examples"])
+@pytest.mark.parametrize("kind", ["channels_last", "one pixel", "sliced", "channels of NHWC", "no examples"])
 def test_fake_tensors_tell_the_true_strides(kind: str) -> None:
     x, routing, weight, _ = Case(kernel=(1, 1)).tensors()
     if kind == "channels_last":
@@ -72,6 +72,8 @@ def test_fake_tensors_tell_the_true_strides(kind: str) -> None:
         x = x[:, :, :1, :1].contiguous(memory_format=torch.channels_last)
     elif kind == "sliced":
         x = x[:, :, ::2, 1::2]
+    elif kind == "channels of NHWC":
+        x = torch.cat([x, x], 1).contiguous(memory_format=torch.channels_last).chunk(2, 1)[0]
     else:
         x, routing = x[:0], routing[:0]
     arguments = (x.requires_grad_(), routing, weight, [1, 1], [0, 0], [1, 1], 1, "auto", True, 0)

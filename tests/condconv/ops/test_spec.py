@@ -94,6 +94,8 @@ def test_layouts_are_told_apart() -> None:
     assert memory_format_of(x.to(memory_format=torch.channels_last)) == torch.channels_last
     assert not is_channels_last(x[:, :, ::2])
     assert not is_channels_last(x[:1].expand(2, -1, -1, -1))
+    assert not is_channels_last(torch.empty(2, 1, 5, 4)) and not is_channels_last(torch.empty(2, 1, 1, 1))
+    assert is_channels_last(torch.empty(2, 1, 5, 4, memory_format=torch.channels_last))
 
 
 @pytest.mark.parametrize(

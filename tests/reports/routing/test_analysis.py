@@ -76,7 +76,9 @@ def test_everything_is_written_and_agrees(data: Any, tmp_path: Path) -> None:
     assert [row["layer"] for row in layers] == ["blocks.1.0", "blocks.1.1", "classifier"]
     assert float(layers[2]["entropy"]) == pytest.approx(logger.metrics["analysis/classifier/entropy"], rel=1e-4)
     assert len(rows(folder / "experts.csv")) == 9 and {row["images"] for row in layers} == {"32"}
-    tops = [row for row in rows(folder / "top_images.csv") if row["layer"] == "classifier"]
+    tops = rows(folder / "top_images.csv")
+    assert len(tops) == 27  # three images of each expert of every layer, drawn or not
+    tops = [row for row in tops if row["layer"] == "classifier"]
     assert len(tops) == 9 and float(tops[0]["weight"]) >= float(tops[1]["weight"])
     ablations = rows(folder / "ablations.csv")
     # Undisturbed; shuffled, mean, top 1 twice, three experts; by layer 2 x 3; each expert of two layers.
