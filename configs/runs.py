@@ -12,7 +12,7 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from condconv.files import LAST, newest_good, seal_holds
+from condconv.files import LAST, newest_good, seal_holds, versions
 from configs.messages import UserError
 
 CONFIG_FILE = "config.yaml"
@@ -51,6 +51,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if path.is_dir():
         candidates = [path / LAST, path / LAST.name]
         found = next((good for candidate in candidates if (good := newest_good(candidate))), None)
+        if found is None and (damaged := [each.name for candidate in candidates for each in versions(candidate)]):
+            raise UserError(f"{path}: {', '.join(damaged)} are damaged or truncated, and there is no other checkpoint.")
         if found is None:
             raise UserError(f"There is no checkpoint in the folder {path}: looked for {candidates[0]}.")
         path = found

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import condconv
 from condconv.checkpoints import count_experts, has_experts, is_timm_condconv
-from condconv.files import LAST, newest_good, seal_holds
+from condconv.files import LAST, newest_good, seal_holds, versions
 from models.ema import CHECKPOINT_KEY, averaged_weights
 
 FORMAT = 1
@@ -186,7 +186,8 @@ def read_weights(source: str | Path, averaged: bool = True) -> Weights:
     elif path.is_dir() and (good := newest_good(path / LAST)):
         path = good
     if not path.is_file():
-        raise FileNotFoundError(f"there are no weights at {source}")
+        damaged = ", ".join(each.name for each in versions(path / LAST))
+        raise FileNotFoundError(f"there are no weights at {source}" + (f": {damaged} are damaged" if damaged else ""))
     return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path, averaged)
 
 

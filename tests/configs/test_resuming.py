@@ -171,6 +171,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(folder: Path, capsys:
     last.with_name("last-2.ckpt").unlink()
     with pytest.raises(UserError, match=r"last-1\.ckpt are damaged or truncated"):
         checkpoint_to_resume(folder)
+    with pytest.raises(UserError, match=r"last-1\.ckpt are damaged or truncated, and there is no other"):
+        load_checkpoint(folder)
     last.with_name("last-1.ckpt").unlink()
     (folder / "metrics.csv").write_text("step\n")
     assert checkpoint_to_resume(folder) is None  # killed before the first: from the beginning

@@ -194,6 +194,9 @@ def test_damaged_checkpoints_are_refused_and_older_ones_taken(tmp_path: Path) ->
     with pytest.raises(ValueError, match=r"last\.ckpt is damaged: its checksum"):
         read_weights(last)
     assert read_weights(tmp_path / "run").source == str(last.with_name("last-1.ckpt"))
+    last.with_name("last-1.ckpt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"there are no weights at .*run: last\.ckpt are damaged"):
+        read_weights(tmp_path / "run")
 
 
 def test_networks_are_opened_on_any_machine() -> None:
