@@ -92,6 +92,8 @@ def test_two_processes_killed_and_resumed(undisturbed_pair: Path, tmp_path: Path
     killed(overrides, tmp_path, at_call("training_step", 7, kill), ranks=2)
     assert run([f"resume={tmp_path}"], tmp_path / "log", ranks=2) == [0, 0], said(tmp_path)
     assert_same_run(tmp_path, undisturbed_pair)
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["run_state"]["processes"]
+    assert not torch.equal(*(each["rng"]["torch"] for each in saved))  # dropout is each process's own
 
 
 POINTS = random.Random(20260).sample(range(2, EPOCHS * STEPS_PER_EPOCH + 1), 6)
