@@ -6,6 +6,8 @@ import csv
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import pytorch_lightning as pl
@@ -17,6 +19,7 @@ from condconv import CondConv2d
 from models.callbacks import BestCheckpoint, EvaluationSpeed, ModelTable, RoutingStatistics, SavedConfig, Throughput
 from models.callbacks.display import EpochLines
 from models.classification import ClassificationModule
+from models.ema import WeightAverage
 from models.loggers import MetricsCsv, WandbRun, choose_mode
 from models.optim import build_optimizer
 
@@ -87,6 +90,24 @@ def test_routing_statistics_of_a_few_batches() -> None:
     assert recorder.histograms["routing/first/weights"].sum() == 2 * 4 * 3
     # On the step of this validation's other figures.
     assert recorder.steps["routing/first/mean"] == recorder.steps["val/top1"]
+
+
+def test_routing_statistics_are_of_the_raw_weights_alone() -> None:
+    """The average, evaluated beside them, still has the expert that the raw weights have lost."""
+    model, statistics, recorder = module(), RoutingStatistics(), Recorder()
+    bias = model.net.first.router.fc.bias
+    model.weight_average = WeightAverage(model.net)
+    with torch.no_grad():
+        bias.copy_(torch.tensor([0.0, 0.0, -50.0]))
+    trainer: Any = SimpleNamespace(is_global_zero=True, global_step=1, loggers=[recorder])
+    statistics.on_validation_start(trainer, model)
+    images = torch.randn(4, 3, 8, 8)
+    model.net.eval()(images)
+    with model.weight_average.applied(model.net):
+        model.net(images)
+    statistics.on_validation_end(trainer, model)
+    assert recorder.histograms["routing/first/weights"].sum() == 4 * 3
+    assert recorder.metrics["routing/dead_experts"] == [1]
 
 
 def test_routing_statistics_leave_no_hooks_and_no_trace_in_static_networks() -> None:
