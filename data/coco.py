@@ -106,7 +106,8 @@ class CocoImages(DetectionDataset):
 class CocoDataModule(DetectionDataModule):
     """COCO 2017 as published (`train2017/`, `val2017/`, `annotations/`), or any other data in its format.
 
-    The classes are those of the training file, in the order of their category ids, whatever gaps these have.
+    The classes are the categories in the order of their ids, whatever gaps these have. Both files must list the same;
+    where only one of them is opened, as for an evaluation, its own count.
 
     Args:
         root: folder that relative paths start from; None where all paths are given in full.
