@@ -189,7 +189,7 @@ def check_seed(cfg: DictConfig) -> None:
 
 
 def check_trainer(cfg: DictConfig) -> None:
-    """Lengths, devices and the accelerator that this machine must have."""
+    """Lengths, precision, devices and the accelerator that this machine must have."""
     for key in ("accumulate_grad_batches", "num_nodes", "check_val_every_n_epoch", "log_every_n_steps"):
         check_whole(cfg, key, 1, "trainer.")
     if cfg.max_steps == -1:
@@ -197,6 +197,11 @@ def check_trainer(cfg: DictConfig) -> None:
     else:
         check_whole(cfg, "max_steps", 1, "trainer.")
     check_choice("trainer.accelerator", cfg.accelerator, ["auto", "cpu", "gpu", "cuda", "mps", "tpu"])
+    if cfg.precision in ("16-true", "bf16-true"):
+        raise UserError(
+            f"trainer.precision={cfg.precision}: weights of 16 bits lose the small steps of an optimiser. Use "
+            f"trainer.precision={cfg.precision.removesuffix('true')}mixed, which computes in 16 bits all the same."
+        )
     check_whole(cfg, "devices", 1, "trainer.")
     gpus = torch.cuda.device_count()
     if cfg.accelerator in ("gpu", "cuda") and gpus == 0:

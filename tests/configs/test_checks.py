@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from configs.checks import check_classes
+from configs.checks import check_classes, check_trainer
 from configs.messages import UserError
 
 NAMES = ["cat", "dog", "owl"]
@@ -49,3 +49,13 @@ def test_classes_of_other_names() -> None:
         checked(NAMES, ["cat", "dog", "bus"], category_ids=(1, 2, 3))
     with pytest.raises(UserError, match="has 3 classes, the data 4"):
         checked(NAMES, [*NAMES, "bus"])
+
+
+def test_weights_of_16_bits_are_refused() -> None:
+    ones = dict.fromkeys(("accumulate_grad_batches", "num_nodes", "check_val_every_n_epoch", "log_every_n_steps"), 1)
+    trainer = OmegaConf.create({**ones, "max_steps": 1, "accelerator": "cpu", "devices": 1, "precision": "64-true"})
+    check_trainer(trainer)
+    for precision in ("16", "bf16"):
+        trainer.precision = f"{precision}-true"
+        with pytest.raises(UserError, match=r"=16-true: .* Use trainer.precision=16-mixed|=bf16-true: .*=bf16-mixed"):
+            check_trainer(trainer)
