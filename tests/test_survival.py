@@ -13,7 +13,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from survival import EPOCHS, MIXUP, STEPS_PER_EPOCH, TINY, assert_same_run, at_call, finish, kill, run, start
+from survival import (
+    EPOCHS,
+    MIXUP,
+    STEPS_PER_EPOCH,
+    TINY,
+    assert_same_run,
+    at_call,
+    finish,
+    kill,
+    read_metrics,
+    run,
+    start,
+)
 
 from condconv import files
 from configs.messages import EXIT_REQUEUE
@@ -175,6 +187,19 @@ def test_signals_stop_between_steps(
     assert saved["global_step"] == (6 if call == 6 else 4)  # the step in which the signal came is not lost
     assert run([f"resume={tmp_path}"], tmp_path / "log") == [0], said(tmp_path)
     assert_same_run(tmp_path, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_signal_in_the_last_validation_stops_before_the_test(undisturbed: Path, tmp_path: Path) -> None:
+    before = at_call("validation_step", 2 * EPOCHS, send(signal.SIGTERM))  # its last batch
+    codes = run([*TINY, BATCH, NEVER, f"paths.run={tmp_path}"], tmp_path / "log", before=before)
+    assert codes == [EXIT_REQUEUE], said(tmp_path)
+    assert "saved at step 12, after the last epoch" in said(tmp_path)
+    assert not any(row.get("test/top1") for row in read_metrics(tmp_path))
+    assert run([f"resume={tmp_path}"], tmp_path / "log") == [0], said(tmp_path)
+    assert_same_run(tmp_path, undisturbed)
+    resumed, whole = read_result(tmp_path), read_result(undisturbed)
+    assert resumed["status"] == "finished" and resumed["figures"] == whole["figures"]
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step(undisturbed_pair: Path, tmp_path: Path) -> None:

@@ -127,11 +127,11 @@ class LastCheckpoint(Checkpoint):
         self._stop(trainer, stop)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._agreement is not None:
-            self._agreement.finish(0)
+        stop, _ = self._ask(trainer, now=True)  # after the last validation no epoch starts that would ask
         if self._saved != (trainer.global_step, BETWEEN_EPOCHS):
             self._save(trainer, BETWEEN_EPOCHS)
         self._leave()
+        self._stop(trainer, stop, "after the last epoch")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._leave()
@@ -164,14 +164,15 @@ class LastCheckpoint(Checkpoint):
             if hasattr(callback, "leave_out"):
                 callback.leave_out(self._saved_s - start)
 
-    def _stop(self, trainer: Trainer, reason: int | None) -> None:
+    def _stop(self, trainer: Trainer, reason: int | None, place: str | None = None) -> None:
         if not reason:
             return
         assert self.requests is not None and self._agreement is not None
         self._agreement.finish(0)
         if trainer.is_global_zero:
+            place = place or f"epoch {trainer.current_epoch + 1}"
             print(
-                f"{describe(reason)}: stopped, saved at step {trainer.global_step}, epoch {trainer.current_epoch + 1}. "
+                f"{describe(reason)}: stopped, saved at step {trainer.global_step}, {place}. "
                 f"To go on: python train.py resume={self.path.parent.parent}",
                 file=sys.stderr,
                 flush=True,

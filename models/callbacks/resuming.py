@@ -65,9 +65,7 @@ class ExactResume(Callback):
             return
         if self._loaded["position"]["place"] == BETWEEN_EPOCHS:
             begin_epoch_anew(trainer)
-        trainer._logger_connector._callback_metrics.update(
-            {key: torch.tensor(value) for key, value in self._loaded["shown"].items()}
-        )
+        show(trainer, self._loaded["shown"])
         processes = self._loaded["processes"]
         if len(processes) != trainer.world_size:
             rank_zero_warn(
@@ -88,6 +86,16 @@ class ExactResume(Callback):
             for path, saved in self._loaded["processes"][trainer.global_rank]["metrics"].items():
                 pl_module.log(saved["name"], modules[path], on_step=False, on_epoch=True, prog_bar=True)
         self._loaded = None
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._loaded is not None:  # of a complete training, which is only evaluated: it did not start again
+            show(trainer, self._loaded["shown"])
+            self._loaded = None
+
+
+def show(trainer: Trainer, figures: dict[str, float]) -> None:
+    """Let `trainer.callback_metrics` have these figures."""
+    trainer._logger_connector._callback_metrics.update({key: torch.tensor(each) for key, each in figures.items()})
 
 
 def draw_apart(rank: int) -> None:
