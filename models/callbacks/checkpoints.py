@@ -94,9 +94,8 @@ class LastCheckpoint(Checkpoint):
         if batch_idx == 0 or batch_idx % trainer.accumulate_grad_batches:
             return
         step = trainer.global_step
-        due = self.every_n_train_steps is not None and step % self.every_n_train_steps == 0
         stop, overdue = self._ask(trainer)
-        if stop or ((due or overdue) and step != self._saved[0]):
+        if stop or ((self._due(trainer) or overdue) and step != self._saved[0]):
             self._save(trainer, BETWEEN_BATCHES)
         self._stop(trainer, stop)
 
@@ -121,8 +120,8 @@ class LastCheckpoint(Checkpoint):
         if trainer.current_epoch == 0:
             return
         stop, overdue = self._ask(trainer, now=True)
-        due = trainer.current_epoch % self.every_n_epochs == 0 and self._saved != (trainer.global_step, BETWEEN_EPOCHS)
-        if stop or overdue or due:
+        due = trainer.current_epoch % self.every_n_epochs == 0 or self._due(trainer)
+        if stop or overdue or (due and self._saved != (trainer.global_step, BETWEEN_EPOCHS)):
             self._save(trainer, BETWEEN_EPOCHS)
         self._stop(trainer, stop)
 
@@ -139,6 +138,9 @@ class LastCheckpoint(Checkpoint):
     def _leave(self) -> None:
         if self.requests is not None:
             self.requests.deferring = False
+
+    def _due(self, trainer: Trainer) -> bool:
+        return self.every_n_train_steps is not None and trainer.global_step % self.every_n_train_steps == 0
 
     def _ask(self, trainer: Trainer, now: bool = False) -> tuple[int, bool]:
         """Why to stop (0: do not), and whether a checkpoint is overdue; the same on all processes."""

@@ -70,6 +70,17 @@ def test_without_a_request_the_end_is_saved_and_nothing_is_stopped(
     assert saved == [(12, BETWEEN_EPOCHS)]
 
 
+def test_so_many_steps_count_also_where_an_epoch_ends(saved: list[tuple[int, str]], tmp_path: Path) -> None:
+    """Epochs of 4 steps: step 4 is asked about between two epochs, the others before a batch."""
+    callback = started(tmp_path, every_n_train_steps=2, every_n_epochs=100)
+    for epoch in range(3):
+        callback.on_train_epoch_start(Trainer(epoch, 4 * epoch), None)  # type: ignore[arg-type]
+        for batch in range(4):
+            callback.on_train_batch_start(Trainer(epoch, 4 * epoch + batch), None, None, batch)  # type: ignore[arg-type]
+    assert [step for step, _ in saved] == [2, 4, 6, 8, 10]
+    assert saved[1] == (4, BETWEEN_EPOCHS)
+
+
 def test_a_complete_training_that_is_resumed_shows_its_figures() -> None:
     shown: dict[str, Any] = {}
     trainer: Any = SimpleNamespace(
