@@ -132,12 +132,12 @@ def test_eval_gives_the_same_figures_on_any_number_of_processes(trained: dict[in
         assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-6)
 
 
-def test_averages_after_an_epoch_without_validation_are_those_that_are_saved(tmp_path: Path) -> None:
+def test_averages_of_a_training_without_validation_are_those_that_are_saved(tmp_path: Path) -> None:
     """Without synchronised BatchNorm every process has running statistics of its own; the first one's are saved."""
     folder = tmp_path / "run"
     own = [*(each for each in SAME if "examples" not in each), "callbacks.batchnorm.examples=null"]
     own += [
-        "trainer.check_val_every_n_epoch=2",
+        "trainer.limit_val_batches=0",
         "trainer.max_epochs=1",
         "model.classifier_std=1",
         f"paths.run={folder}",

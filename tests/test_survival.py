@@ -138,9 +138,10 @@ def test_random_kill_points_on_two_processes(step: int, rank: int, undisturbed_p
         ["data.num_workers=2"],  # which have fetched ahead
         ["trainer.accumulate_grad_batches=2"],
         ["trainer.max_steps=9"],
+        ["trainer.check_val_every_n_epoch=2"],  # and after the last epoch, the third
         ["optim=sgd", "model.drop_path_rate=0.3", "model=efficientnet_b0", "trainer.max_epochs=2"],
     ],
-    ids=["workers", "accumulation", "max_steps", "efficientnet"],
+    ids=["workers", "accumulation", "max_steps", "validations", "efficientnet"],
 )
 def test_killed_with_other_settings(extra: list[str], tmp_path: Path) -> None:
     expected, folder = tmp_path / "expected", tmp_path / "killed"

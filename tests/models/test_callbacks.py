@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from condconv import CondConv2d
-from models.callbacks import BestCheckpoint, EvaluationSpeed, ModelTable, RoutingStatistics, SavedConfig, Throughput
+from models.callbacks import (
+    BestCheckpoint,
+    EvaluationSpeed,
+    FinalValidation,
+    ModelTable,
+    RoutingStatistics,
+    SavedConfig,
+    Throughput,
+    final_figures,
+)
 from models.callbacks.display import EpochLines
 from models.classification import ClassificationModule
 from models.ema import WeightAverage
@@ -43,6 +52,13 @@ def module(experts: int = 3) -> ClassificationModule:
 def loader(count: int = 6, size: int = 4) -> DataLoader:
     data = TensorDataset(torch.randn(count * size, 3, 8, 8), torch.randint(4, (count * size,)))
     return DataLoader(data, batch_size=size)
+
+
+class Loaders(pl.LightningDataModule):
+    def __init__(self) -> None:
+        super().__init__()
+        train, val = loader(), loader(3)
+        self.train_dataloader, self.val_dataloader = lambda: train, lambda: val
 
 
 def fit(model: pl.LightningModule, *callbacks: pl.Callback, logger: object = False, **options: object) -> pl.Trainer:
@@ -183,6 +199,37 @@ def test_one_line_for_each_epoch(capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
     assert [line.split()[1] for line in lines] == ["1/2", "2/2"]
     assert "val/top1" in lines[0] and "train/loss" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("length", "steps"),
+    [
+        ({"max_epochs": 3}, [11, 17]),  # of 6 batches each; Lightning numbers a validation by the steps before its own
+        ({"max_epochs": -1, "max_steps": 14}, [11, 13]),
+        ({"max_epochs": 9, "max_steps": 2, "accumulate_grad_batches": 2}, [1]),
+    ],
+)
+def test_the_last_step_is_validated_whatever_is_due(length: dict[str, int], steps: list[int]) -> None:
+    recorder, last = Recorder(), FinalValidation()
+    trainer = fit(module(), last, logger=recorder, check_val_every_n_epoch=2, **length)
+    assert recorder.steps["val/top1"] == steps
+    assert last.validated_step == trainer.global_step == steps[-1] + 1
+    seen = float(trainer.callback_metrics["val/loss"])
+    assert float(final_figures(trainer, trainer.lightning_module, None)["val/loss"]) == seen
+    assert recorder.steps["val/top1"] == steps  # not made again
+
+
+def test_a_last_validation_that_was_cut_off_is_made_after_the_fit(tmp_path: Path) -> None:
+    options = {"max_epochs": -1, "max_steps": 8, "enable_progress_bar": False, "enable_model_summary": False}
+    options |= {"enable_checkpointing": False, "accelerator": "cpu", "logger": False}
+    before = pl.Trainer(limit_val_batches=0, callbacks=[FinalValidation()], **options)
+    before.fit(module(), loader(), loader(3))
+    before.save_checkpoint(tmp_path / "last.ckpt")
+    trainer, again, data = pl.Trainer(callbacks=[FinalValidation()], **options), module(), Loaders()
+    trainer.fit(again, datamodule=data, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert "val/loss" not in trainer.callback_metrics  # the training is complete
+    figures = final_figures(trainer, again, data)
+    assert figures["val/loss"] == trainer.validate(again, datamodule=data, verbose=False)[0]["val/loss"]
 
 
 def test_checkpoints_carry_the_config(tmp_path: Path) -> None:
