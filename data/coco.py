@@ -29,7 +29,7 @@ class CocoImages(DetectionDataset):
         folder: of the image files.
         transform: see `data.detection_transforms`.
         train: whether to replace unusable images.
-        max_corrupt: number of unusable images that is tolerated.
+        max_corrupt: number of unusable images that each training process tolerates.
         seed: of the augmentation.
     """
 
@@ -115,7 +115,8 @@ class CocoDataModule(DetectionDataModule):
         train_annotations, val_annotations: annotation files.
         augment: "ssd", "flip" or "none", see `data.detection_transforms`.
         bad_boxes: "error" or "drop", for boxes with a NaN or a negative size.
-        max_corrupt: so many absent, corrupt or misfit images are skipped with a warning; one more is an error.
+        max_corrupt: so many absent, corrupt or misfit images of a part are skipped by each process with a warning; one
+            more is an error.
         max_train, max_val: only the first so many images.
         name: of the data in messages.
         options: see `ImageDataModule`.

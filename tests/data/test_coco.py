@@ -330,7 +330,7 @@ def test_absent_corrupt_and_misfit_images_are_skipped_up_to_a_limit(train: bool,
         warnings.simplefilter("error")
         list(loader)  # said once
     with pytest.raises(
-        RuntimeError, match=r"[23] unusable image\(s\) of 6 in .*, tolerated are 1 \(data.max_corrupt\)"
+        RuntimeError, match=r"[23] unusable image\(s\) of 6 in .*, tolerated are 1 per process \(data.max_corrupt\)"
     ):
         strict = module(root, max_corrupt=1)
         with warnings.catch_warnings():
