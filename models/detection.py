@@ -190,7 +190,7 @@ class DetectionModule(NetworkModule):
 
     def _measure(self, stage: str) -> None:
         """Log the twelve figures; all processes come here together."""
-        truth = self.trainer.datamodule.ground_truth()  # type: ignore[attr-defined]
+        truth = self.trainer.datamodule.ground_truth  # type: ignore[attr-defined]
         for name in (stage, f"{stage}_ema"):
             if name not in self._found:
                 continue
