@@ -171,6 +171,37 @@ def test_throughput_tells_waiting_from_working() -> None:
     assert all(0 < value < 4 / 0.015 for value in speeds.values()), speeds
 
 
+def test_the_first_steps_of_a_resumed_training_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps take a second, the first three of each process ten; the lines stay where they are without a resume."""
+    clock, recorder = SimpleNamespace(now=0.0), Recorder()
+    monkeypatch.setattr("models.callbacks.throughput.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    trainer: Any = SimpleNamespace(is_last_batch=False, world_size=1)
+    part: Any = SimpleNamespace(loggers=[recorder], device=torch.device("cpu"), global_step=0)
+
+    def go_on(speed: Throughput, steps: int) -> None:
+        speed.on_train_start(trainer, part)
+        for step in range(steps):
+            part.global_step += 1
+            speed.on_train_batch_start(trainer, part, None, 0)
+            clock.now += 10 if step < 3 else 1
+            speed.on_train_batch_end(trainer, part, None, [torch.zeros(4)], 0)
+
+    first, second, third = (Throughput(every_n_steps=5, skip_steps=3) for _ in range(3))
+    go_on(first, 10)
+    second.load_state_dict(first.state_dict())
+    go_on(second, 12)
+    state = second.state_dict()
+    third.load_state_dict({**state, **state.pop("warm"), "steps": state["steps"]})  # of an earlier version
+    go_on(third, 2)
+    assert [step + 1 for step in recorder.steps["speed/step_time_ms"]] == [8, 13, 18, 23]
+    assert recorder.metrics["speed/step_time_ms"] == [1000] * 4
+    assert recorder.metrics["speed/images_per_second"] == [4] * 4
+    alone = Throughput(every_n_steps=1)
+    alone.load_state_dict(third.state_dict())
+    go_on(alone, 2)  # windows of nothing else: they have their lines
+    assert recorder.metrics["speed/step_time_ms"][4:] == [10_000] * 2
+
+
 def test_evaluation_speed_counts_every_image_once() -> None:
     speed = EvaluationSpeed()
     trainer = pl.Trainer(callbacks=[speed], logger=False, accelerator="cpu", enable_progress_bar=False)
