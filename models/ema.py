@@ -26,7 +26,9 @@ CHECKPOINT_KEY = "weight_average"
 class WeightAverage:
     """The moving average of the parameters and persistent buffers of one network.
 
-    A pure function of the weights it is shown: under data-parallel training every process keeps the same average.
+    A pure function of the weights it is shown: under data-parallel training every process keeps the same average of the
+    parameters. Running statistics of BatchNorm that are not synchronised differ, and so do their averages, until an
+    evaluation shares the first process's (`WeightAverageCallback`).
     Floating-point tensors are averaged in their own dtype, others (BatchNorm's step counter) copied.
 
     Args:
