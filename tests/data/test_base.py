@@ -120,7 +120,7 @@ def test_synthetic_repeats_one_batch():
 def test_synthetic_has_as_many_batches_on_every_process():
     module = SyntheticDataModule(num_batches=3, image_size=32, batch_size_per_device=5)
     module.trainer = SimpleNamespace(global_rank=1, world_size=2, num_devices=2)
-    assert len(module.train_dataloader()) == 3
+    assert len(module.train_dataloader()) == len(module.val_dataloader()) == 3
 
 
 def test_synthetic_has_them_also_where_it_was_loaded_before_there_was_a_trainer():
