@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from models.ema import WeightAverage
+from models.schedules import Schedule
 
-Schedule = Callable[..., Callable[[int], float]]
+ScheduleMaker = Callable[..., Schedule]
 
 
 class NetworkModule(pl.LightningModule):
@@ -41,7 +42,7 @@ class NetworkModule(pl.LightningModule):
         net: nn.Module,
         *,
         optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
-        schedule: Schedule | None = None,
+        schedule: ScheduleMaker | None = None,
         channels_last: bool = True,
         compile: bool = False,
     ) -> None:
