@@ -40,7 +40,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     data = choose_data(cfg.data, saved.data)
     datamodule = instantiate(data, _convert_="all")
     datamodule.prepare_data()
-    num_classes = check_classes(cfg, saved.model.num_classes, datamodule.num_classes)
+    num_classes = check_classes(cfg, saved, datamodule)
     if "image_size" in saved.model:  # a detector's anchors are made for it
         saved.model.image_size = datamodule.image_size
     net = build_network(saved.model, saved.condconv, num_classes, **pretrained)
@@ -77,9 +77,10 @@ def open_weights(cfg: DictConfig) -> tuple[DictConfig, dict[str, Any], dict[str,
     if cfg.pretrained is not None:
         weights, settings = for_evaluation(cfg.pretrained, plain(cfg.model), plain(cfg.condconv))
         saved = {**settings, "name": str(cfg.pretrained), "data": weights.preparation}
+        saved["class_names"] = list(weights.class_names)
         return OmegaConf.create(saved), {"": None}, {"pretrained": weights}
     checkpoint = load_checkpoint(cfg.ckpt)
-    saved = OmegaConf.create(checkpoint["config"])
+    saved = OmegaConf.create({**checkpoint["config"], "class_names": checkpoint.get("class_names") or []})
     if cfg.condconv.backend is not None:
         saved.condconv.backend = cfg.condconv.backend
     states = {"": weights_of_run(checkpoint, str(cfg.ckpt), averaged=False).state}

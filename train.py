@@ -19,7 +19,7 @@ from configs.resolvers import register_resolvers
 from configs.results import RunRecord, model_size, recorded
 from configs.resuming import checkpoint_to_resume, resumed_config
 from configs.runs import adopt_normalization, plain, save_config
-from models.callbacks import LastCheckpoint, SavedConfig, print_training_results
+from models.callbacks import FinalValidation, LastCheckpoint, SavedConfig, final_figures, print_training_results
 from models.pretrained import find_weights
 from models.stopping import StopRequests
 
@@ -62,7 +62,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     callbacks = [c for c in instantiate(cfg.callbacks, _convert_="all").values() if c is not None]
     loggers = [logger for logger in instantiate(cfg.logger, _convert_="all").values() if logger is not None]
     record = RunRecord(Path(cfg.paths.run), cfg.name, given, model_size(net, cfg.data.image_size))
-    callbacks.append(SavedConfig(plain(cfg), record.note))
+    callbacks += [SavedConfig(plain(cfg), record.note), FinalValidation()]
     with StopRequests(EXIT_REQUEUE, cfg.trainer.max_time) as requests:
         LastCheckpoint.obey(requests, callbacks)  # max_time: Lightning's timer would evaluate in the middle of an epoch
         trainer = instantiate(cfg.trainer, _partial_=True)(callbacks=callbacks, logger=loggers, max_time=None)
@@ -80,7 +80,7 @@ def run(
         for logger in trainer.loggers:
             logger.log_hyperparams(plain(cfg))
         trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
-        measured = dict(trainer.callback_metrics)
+        measured = final_figures(trainer, module, datamodule)
         if cfg.test:
             trainer.test(module, datamodule=datamodule, verbose=False)
             measured |= trainer.callback_metrics

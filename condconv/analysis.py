@@ -7,7 +7,7 @@ memory, however many examples.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -296,11 +296,18 @@ def normalized_entropy(routing_NE: Tensor) -> Tensor:
 
 
 @contextmanager
-def record_routing(model: nn.Module, num_bins: int = 20) -> Iterator[dict[str, RoutingStatistics]]:
+def record_routing(
+    model: nn.Module, num_bins: int = 20, counts: Callable[[], bool] = lambda: True
+) -> Iterator[dict[str, RoutingStatistics]]:
     """While entered, every forward pass of the network adds to the statistics of each of its routers.
 
     Yields statistics by the name of the router's block or layer ("blocks.4.0", see `routers_of`); dropout on routing
     weights is part of what is recorded, so use it in eval mode for undisturbed figures.
+
+    Args:
+        model: the network.
+        num_bins: bins of the histograms over [0, 1].
+        counts: asked in every pass whether this one does: the network may hold other weights in between.
 
     Raises:
         ValueError: the network has no router.
@@ -312,7 +319,8 @@ def record_routing(model: nn.Module, num_bins: int = 20) -> Iterator[dict[str, R
     names: dict[nn.Module, str] = {router: name for name, router in routers.items()}
 
     def hook(router: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        statistics[names[router]].update(output)
+        if counts():
+            statistics[names[router]].update(output)
 
     with hooks_run([router.register_forward_hook(hook) for router in routers.values()]):
         yield statistics

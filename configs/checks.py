@@ -9,6 +9,7 @@ import math
 import os
 import re
 import socket
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,14 +110,34 @@ def check_predict(cfg: DictConfig, is_detector: bool) -> None:
         raise UserError("pictures= is of detectors: a classifier has no boxes to draw.")
 
 
-def check_classes(cfg: DictConfig, of_network: int | None, of_data: int) -> int:
-    """The evaluated network and the data have the same number of classes; None takes the data's."""
-    if of_network not in (None, 0, of_data):
-        raise UserError(
-            f"The network of {cfg.ckpt or cfg.pretrained} has {of_network} classes, the data {of_data}: evaluate it on "
-            f"the data it was trained for, or on a set with the same classes."
-        )
-    return of_data
+def check_classes(cfg: DictConfig, saved: DictConfig, data: Any) -> int:
+    """The number of classes of the evaluated network, which the data must have too, under the same names.
+
+    Names that are missing, or mere numbers as of shards without classes.txt, say nothing. Other names than the
+    network's are a warning: the same classes may be named in several ways, but not a detector's categories.
+
+    Args:
+        cfg: of eval.py.
+        saved: `model.num_classes` (None: the data's) and `class_names` of the network.
+        data: the data module.
+    """
+    network, count = f"The network of {cfg.ckpt or cfg.pretrained}", data.num_classes
+    instead = "evaluate it on the data it was trained for, or on a set with the same classes."
+    if saved.model.num_classes not in (None, 0, count):
+        raise UserError(f"{network} has {saved.model.num_classes} classes, the data {count}: {instead}")
+    known, found = list(saved.class_names), list(data.class_names)
+    if known == found or len(known) != count or any(all(n.isdecimal() for n in names) for names in (known, found)):
+        return int(count)
+    which = next(i for i, pair in enumerate(zip(known, found, strict=True)) if pair[0] != pair[1])
+    example = f"class {which} is {known[which]!r} to it and {found[which]!r} in the data"
+    if sorted(known) == sorted(found):
+        raise UserError(f"{network} has its classes in another order than the data ({example}): {instead}")
+    if hasattr(data, "category_ids"):
+        raise UserError(f"{network} has other categories than the data ({example}): {instead}")
+    warnings.warn(
+        f"{network} names its classes otherwise ({example}): the figures hold if they are the same.", stacklevel=2
+    )
+    return int(count)
 
 
 def check_complete(cfg: DictConfig) -> None:
@@ -168,7 +189,7 @@ def check_seed(cfg: DictConfig) -> None:
 
 
 def check_trainer(cfg: DictConfig) -> None:
-    """Lengths, devices and the accelerator that this machine must have."""
+    """Lengths, precision, devices and the accelerator that this machine must have."""
     for key in ("accumulate_grad_batches", "num_nodes", "check_val_every_n_epoch", "log_every_n_steps"):
         check_whole(cfg, key, 1, "trainer.")
     if cfg.max_steps == -1:
@@ -176,6 +197,11 @@ def check_trainer(cfg: DictConfig) -> None:
     else:
         check_whole(cfg, "max_steps", 1, "trainer.")
     check_choice("trainer.accelerator", cfg.accelerator, ["auto", "cpu", "gpu", "cuda", "mps", "tpu"])
+    if cfg.precision in ("16-true", "bf16-true"):
+        raise UserError(
+            f"trainer.precision={cfg.precision}: weights of 16 bits lose the small steps of an optimiser. Use "
+            f"trainer.precision={cfg.precision.removesuffix('true')}mixed, which computes in 16 bits all the same."
+        )
     check_whole(cfg, "devices", 1, "trainer.")
     gpus = torch.cuda.device_count()
     if cfg.accelerator in ("gpu", "cuda") and gpus == 0:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins.environments import SLURMEnvironment
 from torch import Tensor
 
 from data.sampling import EpochSampler, ImageDataset, ImageLoader, ShareSampler, leave_signals_to_trainer
@@ -161,9 +162,18 @@ class ImageDataModule(pl.LightningDataModule):
             return self.num_workers
         if self.in_memory:
             return 0
+        return max(1, min(8, self._cpus()))
+
+    def _cpus(self) -> int:
+        """CPU cores for this training process and its loading processes."""
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        on_this_machine = self.trainer.num_devices if self.trainer is not None else 1
-        return max(1, min(8, cpus // on_this_machine))
+        if self.trainer is None:
+            return cpus
+        environment = getattr(self.trainer.strategy, "cluster_environment", None)
+        task = os.environ.get("SLURM_CPUS_PER_TASK")
+        if task and isinstance(environment, SLURMEnvironment):  # each process is a task, which has its CPUs to itself
+            return min(cpus, int(task))
+        return cpus // self.trainer.num_devices
 
 
 def _whole(what: str, value: int, smallest: int) -> int:

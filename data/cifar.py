@@ -1,6 +1,5 @@
 """CIFAR-10, CIFAR-100 and Fashion-MNIST as torchvision stores them, held in memory."""
 
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,22 +57,42 @@ class TorchvisionDataModule(ImageDataModule):
         self.num_classes = SOURCES[dataset].num_classes
         self.download = download
         self.augment = augment
+        self._is_prepared = False
+        self._parts: dict[bool, Any] = {}
+        self._class_names: tuple[str, ...] = ()
 
-    @cached_property
+    @property
     def class_names(self) -> tuple[str, ...]:  # type: ignore[override]  # CIFAR-100 keeps them in its files
-        return tuple(self._open(train=False).classes)
+        if not self._class_names:
+            self._opened(train=False)
+        return self._class_names
 
     def prepare_data(self) -> None:
-        """Downloads if asked (on one process per machine); otherwise finds out early whether the files are there."""
-        for train in (True, False):
-            self._open(train, self.download)
+        """Downloads if asked (on one process per machine); otherwise finds out early whether the files are there.
+
+        Opening means checksums and unpickling of all images, so what is opened here is kept for `load`.
+        """
+        if not self._is_prepared:
+            for train in (True, False):
+                self._opened(train, self.download)
+            self._is_prepared = True
+
+    def setup(self, stage: str | None = None) -> None:
+        super().setup(stage)
+        self._parts.clear()  # what the stage needs is loaded; of CIFAR that was a copy
 
     def load(self, train: bool) -> TensorImages:
-        source = self._open(train)
+        source = self._opened(train)
         augment = RandomCropFlip() if train and self.augment else None
         return TensorImages(_images(source.data), torch.as_tensor(source.targets), self.image_size, augment, self.seed)
 
-    def _open(self, train: bool, download: bool = False) -> Any:
+    def _opened(self, train: bool, download: bool = False) -> Any:
+        if train not in self._parts:
+            self._parts[train] = self._open(train, download)
+            self._class_names = tuple(self._parts[train].classes)
+        return self._parts[train]
+
+    def _open(self, train: bool, download: bool) -> Any:
         dataset, folder, _ = SOURCES[self.name]
         where = self.root / folder
         try:

@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 
 from data.coco_index import BAD_BOXES, CocoIndex, read_index, read_truth
-from data.decoding import UNREADABLE, to_rgb
+from data.decoding import Picture, UnreadableImage, choose_decoder
 from data.detection import DetectionDataModule, DetectionDataset, DetectionExample, make_target
 from data.detection_transforms import AUGMENTS, DetectionTransform, detection_eval_transform, detection_train_transform
 from data.sampling import Key, example_rng, split_key
@@ -29,8 +29,9 @@ class CocoImages(DetectionDataset):
         folder: of the image files.
         transform: see `data.detection_transforms`.
         train: whether to replace unusable images.
-        max_corrupt: number of unusable images that is tolerated.
+        max_corrupt: number of unusable images that each training process tolerates.
         seed: of the augmentation.
+        decoder: see `data.decoding.choose_decoder`.
     """
 
     def __init__(
@@ -42,11 +43,13 @@ class CocoImages(DetectionDataset):
         train: bool,
         max_corrupt: int = 10,
         seed: int = 0,
+        decoder: str = "auto",
     ) -> None:
         self.index = index
         self.folder = folder
         self.transform = transform
         self.seed = seed
+        self.decoder = choose_decoder(decoder)
         self.unusable = Unusable(len(index), train=train, limit=max_corrupt)
 
     def __len__(self) -> int:
@@ -77,19 +80,20 @@ class CocoImages(DetectionDataset):
         """The image in RGB, fully decoded.
 
         Raises:
-            OSError, ValueError and others of `UNREADABLE`: it is absent, corrupt, or has another size than listed.
+            OSError: it is absent, or cannot be read.
+            UnreadableImage: it is corrupt, or has another size than listed.
         """
         height, width = self.index.size(position)
-        with Image.open(self.folder / self.index.name(position)) as image:
-            if image.size != (width, height):
-                found = f"{image.width} x {image.height} pixels, the annotation file says {width} x {height}"
-                raise ValueError(found)
-            return to_rgb(image)
+        picture = Picture((self.folder / self.index.name(position)).read_bytes(), self.decoder)
+        if picture.size != (width, height):
+            across, down = picture.size
+            raise UnreadableImage(f"{across} x {down} pixels, the annotation file says {width} x {height}")
+        return picture.image()
 
     def _read(self, position: int) -> Image.Image | None:
         try:
             return self.open(position)
-        except UNREADABLE:
+        except (OSError, UnreadableImage):
             self.unusable.add(position)
             return None
 
@@ -98,7 +102,7 @@ class CocoImages(DetectionDataset):
             self.open(position)
         except FileNotFoundError:
             return "absent"
-        except UNREADABLE as error:
+        except (OSError, UnreadableImage) as error:
             return str(error) or type(error).__name__
         return "usable by now"
 
@@ -106,15 +110,18 @@ class CocoImages(DetectionDataset):
 class CocoDataModule(DetectionDataModule):
     """COCO 2017 as published (`train2017/`, `val2017/`, `annotations/`), or any other data in its format.
 
-    The classes are those of the training file, in the order of their category ids, whatever gaps these have.
+    The classes are the categories in the order of their ids, whatever gaps these have. Both files must list the same;
+    where only one of them is opened, as for an evaluation, its own count.
 
     Args:
         root: folder that relative paths start from; None where all paths are given in full.
         train_images, val_images: folders of the image files.
         train_annotations, val_annotations: annotation files.
+        decoder: "auto" or one of `data.decoding.DECODERS`.
         augment: "ssd", "flip" or "none", see `data.detection_transforms`.
         bad_boxes: "error" or "drop", for boxes with a NaN or a negative size.
-        max_corrupt: so many absent, corrupt or misfit images are skipped with a warning; one more is an error.
+        max_corrupt: so many absent, corrupt or misfit images of a part are skipped by each process with a warning; one
+            more is an error.
         max_train, max_val: only the first so many images.
         name: of the data in messages.
         options: see `ImageDataModule`.
@@ -133,6 +140,7 @@ class CocoDataModule(DetectionDataModule):
         val_images: str = "val2017",
         train_annotations: str = "annotations/instances_train2017.json",
         val_annotations: str = "annotations/instances_val2017.json",
+        decoder: str = "auto",
         augment: str = "ssd",
         bad_boxes: str = "error",
         max_corrupt: int = 10,
@@ -147,6 +155,7 @@ class CocoDataModule(DetectionDataModule):
         self.root = None if root is None else Path(root).expanduser()
         self._folders = {True: self._path(train_images), False: self._path(val_images)}
         self._files = {True: self._path(train_annotations), False: self._path(val_annotations)}
+        self.decoder = choose_decoder(decoder)
         self.augment = choice("augment (data.augment)", augment, AUGMENTS)
         self.bad_boxes = choice("data.bad_boxes", bad_boxes, BAD_BOXES)
         for what, count in (("max_train", max_train), ("max_val", max_val)):
@@ -180,7 +189,8 @@ class CocoDataModule(DetectionDataModule):
             if train
             else detection_eval_transform(self.image_size)
         )
-        return CocoImages(index, folder, transform, train=train, max_corrupt=self.max_corrupt, seed=self.seed)
+        options = {"max_corrupt": self.max_corrupt, "seed": self.seed, "decoder": self.decoder}
+        return CocoImages(index, folder, transform, train=train, **options)
 
     def ground_truth(self) -> dict[str, Any]:
         if self._truth is None:
@@ -194,7 +204,7 @@ class CocoDataModule(DetectionDataModule):
             for part, index in (("training", self._index(True)), ("evaluation", self._index(False)))
             if index.notes()
         ]
-        return "; ".join([super().describe(), *notes])
+        return "; ".join([f"{super().describe()} (decoded by {self.decoder})", *notes])
 
     def _path(self, path: str) -> Path:
         given = Path(path).expanduser()

@@ -8,6 +8,7 @@ tags, and Pillow-SIMD is compiled from source in Pillow's place.
 """
 
 import io
+import re
 from functools import cached_property
 from importlib.util import find_spec
 
@@ -105,7 +106,7 @@ class Picture:
             with Image.open(io.BytesIO(self.data)) as image:
                 return *image.size, False
         except UNREADABLE as error:
-            raise UnreadableImage(f"{type(error).__name__}: {error}") from error
+            raise _unreadable(error) from error
 
     def pixels(self, factor: int = 1) -> Tensor:
         """uint8 `[3, H, W]` in RGB (channels last in memory).
@@ -143,7 +144,13 @@ class Picture:
                     image.draft("RGB", (image.width // factor, image.height // factor))
                 return to_rgb(image)
         except UNREADABLE as error:
-            raise UnreadableImage(f"{type(error).__name__}: {error}") from error
+            raise _unreadable(error) from error
+
+
+def _unreadable(error: Exception) -> UnreadableImage:
+    # Pillow names the file, which is a buffer here.
+    reason = re.sub(r" <_io.BytesIO object at \w+>", "", str(error))
+    return UnreadableImage(f"{type(error).__name__}: {reason}")
 
 
 class _DecodedPicture(Picture):

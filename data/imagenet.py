@@ -31,7 +31,7 @@ class ImageFolderDataModule(ImageDataModule):
         decoder: "auto" or one of `data.decoding.DECODERS`.
         crop_fraction: share of the resized image's shorter side that the evaluation crop keeps (1.0: all of it).
         interpolation: "bicubic" or "bilinear", in training and evaluation.
-        max_corrupt: number of unreadable images tolerated in each part; see `data.stored.StoredImages`.
+        max_corrupt: number of unreadable images that a process tolerates in each part; see `data.stored.StoredImages`.
         max_train_per_class, max_val_per_class: use only the first so many images of each class.
         holdout: images of each class, or a share of them, that are taken from train/ for validation and test; val/ is
             then not read, so a recipe can be tuned without looking at it. See `data.subsets.split`.
@@ -42,7 +42,7 @@ class ImageFolderDataModule(ImageDataModule):
     Raises:
         FileNotFoundError: a folder is missing or holds no images (on first use of the folders).
         ValueError: val/ has a class that train/ has not, or the number of classes is not `num_classes`.
-        RuntimeError: (while reading) more than `max_corrupt` images are unreadable.
+        RuntimeError: (while reading) a process met more than `max_corrupt` unreadable images.
     """
 
     name = "imagefolder"

@@ -47,7 +47,7 @@ class StoredImages(ImageDataset):
         transform: picture -> uint8 `[3, S, S]`; may draw from torch's default generator, which is seeded for every
             (seed, epoch, example) before.
         train: whether to replace unreadable images.
-        max_corrupt: number of unreadable images that is tolerated.
+        max_corrupt: number of unreadable images that each training process tolerates.
         seed: of the augmentation.
         decoder: see `data.decoding.choose_decoder`.
     """

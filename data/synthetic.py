@@ -65,6 +65,5 @@ class SyntheticDataModule(ImageDataModule):
         return super().make_loader(dataset, train)
 
     def _length(self, train: bool) -> int:
-        if not train:
-            return self.num_batches * self.eval_batch_size_per_device
-        return self.num_batches * self.batch_size_per_device * self._process()[1]
+        batch_size = self.batch_size_per_device if train else self.eval_batch_size_per_device
+        return self.num_batches * batch_size * self._process()[1]

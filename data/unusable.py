@@ -11,10 +11,12 @@ from data.folder import some
 class Unusable:
     """Which examples of a part turned out unusable, in memory shared with the workers: each counts once for all.
 
+    Of one training process: several have a count of their own each, of the examples that they meet.
+
     Args:
         total: number of examples.
         train: whether another example takes the place of an unusable one; in evaluation it is left out.
-        limit: so many are tolerated.
+        limit: so many are tolerated, by each training process.
     """
 
     def __init__(self, total: int, *, train: bool, limit: int) -> None:
@@ -55,6 +57,6 @@ class Unusable:
         files = some([describe(position) for position in positions])
         found = f"{count} unusable image(s) of {total} in {where}"
         if count > self.limit or count == total:
-            raise RuntimeError(f"{found}, tolerated are {self.limit} (data.max_corrupt): {files}")
+            raise RuntimeError(f"{found}, tolerated are {self.limit} per process (data.max_corrupt): {files}")
         how = "replaced by the next usable one" if self.train else "left out of the evaluation"
-        warnings.warn(f"{found}, {how} (limit {self.limit}): {files}", stacklevel=4)
+        warnings.warn(f"{found}, {how} (limit {self.limit} per process): {files}", stacklevel=4)

@@ -212,9 +212,7 @@ def _near(name: object, names: Iterable[str]) -> str:
 def _backbone(name: str) -> Backbone:
     if name not in BACKBONES:
         known = (*BACKBONES, "timm")
-        raise ValueError(
-            f"unknown model {name!r}{_near(name, known)} Choose one of {', '.join(known)}".replace("? ", "? ")
-        )
+        raise ValueError(f"unknown model {name!r}{_near(name, known)}. Choose one of {', '.join(known)}")
     return BACKBONES[name]
 
 

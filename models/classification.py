@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from models.module import NetworkModule, Schedule
+from models.module import NetworkModule, ScheduleMaker
 
 Batch = tuple[Tensor, Tensor]
 STAGES = ("train", "val", "val_ema", "test", "test_ema")
@@ -43,7 +43,7 @@ class ClassificationModule(NetworkModule):
         num_classes: int,
         *,
         optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
-        schedule: Schedule | None = None,
+        schedule: ScheduleMaker | None = None,
         label_smoothing: float = 0.0,
         channels_last: bool = True,
         activation_checkpointing: bool = False,

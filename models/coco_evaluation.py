@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,14 +162,14 @@ def gather_results(results: Mapping[int, Sequence[Result]]) -> dict[int, list[Re
 
 
 def evaluate_over_ranks(
-    ground_truth: Mapping[str, Any], results: Mapping[int, Sequence[Result]]
+    ground_truth: Callable[[], Mapping[str, Any]], results: Mapping[int, Sequence[Result]]
 ) -> tuple[CocoFigures, list[Result]]:
     """The figures over the images of all processes, computed on rank 0 and the same on every process.
 
     Must be called by all processes together. An error on rank 0 is raised on all of them, so that none waits for ever.
 
     Args:
-        ground_truth: as in `evaluate_detections`; only rank 0 looks at it.
+        ground_truth: gives what `evaluate_detections` wants; only rank 0 asks for it, as it may be a large file.
         results: of this process, as in `gather_results`; its keys are the images that were looked at.
 
     Returns:
@@ -178,7 +178,7 @@ def evaluate_over_ranks(
     if not _distributed():
         gathered = gather_results(results)
         flat = [result for found in gathered.values() for result in found]
-        return evaluate_detections(ground_truth, flat, gathered), flat
+        return evaluate_detections(ground_truth(), flat, gathered), flat
     flat = []
     answer: list[Any] = [None]
     with _CpuGroup() as group:
@@ -186,7 +186,7 @@ def evaluate_over_ranks(
         if dist.get_rank() == 0:
             flat = [result for found in gathered.values() for result in found]
             try:
-                answer = [evaluate_detections(ground_truth, flat, gathered)]
+                answer = [evaluate_detections(ground_truth(), flat, gathered)]
             except Exception as error:
                 answer = [error]
         dist.broadcast_object_list(answer, src=0, group=group)

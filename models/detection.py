@@ -13,7 +13,7 @@ from torchmetrics import Metric
 from models.boxes import Detection
 from models.coco_evaluation import FIGURES, CocoFigures, Result, coco_results, evaluate_over_ranks
 from models.detection_losses import NOTHING, detection_losses, match
-from models.module import NetworkModule, Schedule
+from models.module import NetworkModule, ScheduleMaker
 from models.ssd_network import SSD
 
 Batch = tuple[Tensor, list[dict[str, Any]]]
@@ -75,7 +75,7 @@ class DetectionModule(NetworkModule):
         num_classes: int,
         *,
         optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
-        schedule: Schedule | None = None,
+        schedule: ScheduleMaker | None = None,
         alpha: float = 0.75,
         gamma: float = 2.0,
         negatives_per_positive: float = 3.0,
@@ -190,7 +190,7 @@ class DetectionModule(NetworkModule):
 
     def _measure(self, stage: str) -> None:
         """Log the twelve figures; all processes come here together."""
-        truth = self.trainer.datamodule.ground_truth()  # type: ignore[attr-defined]
+        truth = self.trainer.datamodule.ground_truth  # type: ignore[attr-defined]
         for name in (stage, f"{stage}_ema"):
             if name not in self._found:
                 continue

@@ -26,13 +26,18 @@ CHECKPOINT_KEY = "weight_average"
 class WeightAverage:
     """The moving average of the parameters and persistent buffers of one network.
 
-    A pure function of the weights it is shown: under data-parallel training every process keeps the same average.
+    A pure function of the weights it is shown: under data-parallel training every process keeps the same average of the
+    parameters. Running statistics of BatchNorm that are not synchronised differ, and so do their averages, until an
+    evaluation shares the first process's (`WeightAverageCallback`).
     Floating-point tensors are averaged in their own dtype, others (BatchNorm's step counter) copied.
 
     Args:
         net: the network; its present weights are the starting values.
         decay: the final decay, in [0, 1).
         ramp: whether the decay starts low, `min(decay, (1 + n) / (10 + n))`.
+
+    Attributes:
+        is_applied: whether the network holds the averaged weights at the moment, see `applied`.
     """
 
     def __init__(self, net: nn.Module, decay: float = 0.9999, ramp: bool = True) -> None:
@@ -41,6 +46,7 @@ class WeightAverage:
         self.decay = decay
         self.ramp = ramp
         self.num_updates = 0
+        self.is_applied = False
         self._average = {name: value.detach().clone() for name, value in _named_weights(net)}
 
     def current_decay(self) -> float:
@@ -74,9 +80,11 @@ class WeightAverage:
         weights = list(_named_weights(net))
         for name, value in weights:
             self._exchange(name, value)
+        self.is_applied = True
         try:
             yield
         finally:
+            self.is_applied = False
             for name, value in reversed(weights):  # reversed: a weight with two names is exchanged twice
                 self._exchange(name, value)
 

@@ -20,7 +20,8 @@ MODES = ("batch", "pair", "elem")
 class BatchMixer:
     """Mixes every image of a batch with another one of the batch, by mixup or cutmix (timm's implementations).
 
-    The partner of image `i` is image `N - 1 - i`; of an odd batch the last image stays as it is.
+    The partner of image `i` is image `N - 1 - i`. Of an odd batch the last image stays as it is, and the others are a
+    batch of `N - 1`.
 
     Args:
         mixup_alpha: mixup with weights from Beta(alpha, alpha); 0: no mixup.

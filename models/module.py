@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from models.ema import WeightAverage
+from models.schedules import Schedule
 
-Schedule = Callable[..., Callable[[int], float]]
+ScheduleMaker = Callable[..., Schedule]
 
 
 class NetworkModule(pl.LightningModule):
@@ -41,7 +42,7 @@ class NetworkModule(pl.LightningModule):
         net: nn.Module,
         *,
         optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
-        schedule: Schedule | None = None,
+        schedule: ScheduleMaker | None = None,
         channels_last: bool = True,
         compile: bool = False,
     ) -> None:
@@ -73,7 +74,8 @@ class NetworkModule(pl.LightningModule):
         )
 
     def forward(self, images: Tensor) -> Any:
-        """The network's outputs for normalised images `[N, 3, H, W]`."""
+        """The network's outputs for normalised images `[N, 3, H, W]` of any floating dtype."""
+        images = images.to(floating_dtype(self.net))  # float64 with trainer.precision=64-true
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         return self.net(images)
@@ -90,3 +92,8 @@ class NetworkModule(pl.LightningModule):
         factor = self.schedule(steps_per_epoch=steps_per_epoch, total_epochs=total_steps / steps_per_epoch)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def floating_dtype(net: nn.Module) -> torch.dtype:
+    """The dtype of a network's parameters, which its images must have too."""
+    return next((each.dtype for each in net.parameters() if each.is_floating_point()), torch.get_default_dtype())

@@ -146,6 +146,11 @@ class Weights:
         return {"normalize": self.normalization} if self.normalization is not None else {}
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """In the order of the outputs; empty where the file does not name them."""
+        return self.card.class_names if self.card is not None else ()
+
+    @property
     def timm_options(self) -> dict[str, Any]:
         """What timm's constructor needs to be told for these weights."""
         if self.card is not None:

@@ -63,14 +63,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     for ranks in (1, 2):
         folder = folders[ranks] = tmp_path_factory.mktemp(f"detectors{ranks}")
         overrides = [*SAME, f"data.batch_size_per_device={8 // ranks}", f"paths.run={folder}"]
-        assert run(overrides, folder / "log", ranks, prepare) == [0] * ranks, said(folder, ranks)
+        assert run(overrides, folder / "log", ranks) == [0] * ranks, said(folder, ranks)
     return folders
-
-
-def prepare(rank: int) -> None:
-    """float64 images for the float64 network."""
-    original = DetectionModule.forward
-    DetectionModule.forward = lambda self, images: original(self, images.double())  # type: ignore[method-assign]
 
 
 def test_two_processes_give_the_weights_of_one(trained: dict[int, Path]) -> None:

@@ -13,7 +13,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from survival import EPOCHS, MIXUP, STEPS_PER_EPOCH, TINY, assert_same_run, at_call, finish, kill, run, start
+from survival import (
+    EPOCHS,
+    MIXUP,
+    STEPS_PER_EPOCH,
+    TINY,
+    assert_same_run,
+    at_call,
+    finish,
+    kill,
+    read_metrics,
+    run,
+    start,
+)
 
 from condconv import files
 from configs.messages import EXIT_REQUEUE
@@ -92,6 +104,8 @@ def test_two_processes_killed_and_resumed(undisturbed_pair: Path, tmp_path: Path
     killed(overrides, tmp_path, at_call("training_step", 7, kill), ranks=2)
     assert run([f"resume={tmp_path}"], tmp_path / "log", ranks=2) == [0, 0], said(tmp_path)
     assert_same_run(tmp_path, undisturbed_pair)
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["run_state"]["processes"]
+    assert not torch.equal(*(each["rng"]["torch"] for each in saved))  # dropout is each process's own
 
 
 POINTS = random.Random(20260).sample(range(2, EPOCHS * STEPS_PER_EPOCH + 1), 6)
@@ -124,9 +138,10 @@ def test_random_kill_points_on_two_processes(step: int, rank: int, undisturbed_p
         ["data.num_workers=2"],  # which have fetched ahead
         ["trainer.accumulate_grad_batches=2"],
         ["trainer.max_steps=9"],
+        ["trainer.check_val_every_n_epoch=2"],  # and after the last epoch, the third
         ["optim=sgd", "model.drop_path_rate=0.3", "model=efficientnet_b0", "trainer.max_epochs=2"],
     ],
-    ids=["workers", "accumulation", "max_steps", "efficientnet"],
+    ids=["workers", "accumulation", "max_steps", "validations", "efficientnet"],
 )
 def test_killed_with_other_settings(extra: list[str], tmp_path: Path) -> None:
     expected, folder = tmp_path / "expected", tmp_path / "killed"
@@ -173,6 +188,19 @@ def test_signals_stop_between_steps(
     assert saved["global_step"] == (6 if call == 6 else 4)  # the step in which the signal came is not lost
     assert run([f"resume={tmp_path}"], tmp_path / "log") == [0], said(tmp_path)
     assert_same_run(tmp_path, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_signal_in_the_last_validation_stops_before_the_test(undisturbed: Path, tmp_path: Path) -> None:
+    before = at_call("validation_step", 2 * EPOCHS, send(signal.SIGTERM))  # its last batch
+    codes = run([*TINY, BATCH, NEVER, f"paths.run={tmp_path}"], tmp_path / "log", before=before)
+    assert codes == [EXIT_REQUEUE], said(tmp_path)
+    assert "saved at step 12, after the last epoch" in said(tmp_path)
+    assert not any(row.get("test/top1") for row in read_metrics(tmp_path))
+    assert run([f"resume={tmp_path}"], tmp_path / "log") == [0], said(tmp_path)
+    assert_same_run(tmp_path, undisturbed)
+    resumed, whole = read_result(tmp_path), read_result(undisturbed)
+    assert resumed["status"] == "finished" and resumed["figures"] == whole["figures"]
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step(undisturbed_pair: Path, tmp_path: Path) -> None:

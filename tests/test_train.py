@@ -17,6 +17,7 @@ from hydra import compose, initialize_config_dir
 
 from condconv import CondConv2d
 from condconv.ops.choice import forget
+from configs.results import read_result
 from train import build_network, train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -171,6 +172,10 @@ def test_a_length_in_steps_and_a_start_from_a_run(commands: Commands) -> None:
     folder = only_run(commands)
     checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 5
+    # The second epoch ends in its middle: its weights are validated all the same, and are those of the figures.
+    validated = [row for row in read_metrics(folder) if row["val/top1"]]
+    assert [row["step"] for row in validated] == ["2", "4"]
+    assert read_result(folder)["figures"]["val/loss"] == pytest.approx(float(validated[-1]["val/loss"]))
     code, _, err = commands.train(*TINY, f"pretrained={folder}", "name=second", "debug=fast")
     assert code == 0, err
 

@@ -11,6 +11,7 @@ from models.callbacks.display import (
     progress_bar,
 )
 from models.callbacks.divergence import FiniteLoss
+from models.callbacks.final import FinalValidation, final_figures
 from models.callbacks.resuming import ExactResume
 from models.callbacks.routing import RoutingStatistics
 from models.callbacks.saving import SavedConfig
@@ -21,6 +22,7 @@ __all__ = [
     "DetectionFiles",
     "EvaluationSpeed",
     "ExactResume",
+    "FinalValidation",
     "FiniteLoss",
     "LastCheckpoint",
     "ModelTable",
@@ -28,6 +30,7 @@ __all__ = [
     "SavedConfig",
     "Throughput",
     "evaluation_files",
+    "final_figures",
     "model_figures",
     "print_evaluation",
     "print_results",

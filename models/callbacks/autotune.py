@@ -6,6 +6,7 @@ import pytorch_lightning as pl
 import torch
 
 from condconv import autotune
+from models.module import floating_dtype
 
 
 class Autotune(pl.Callback):
@@ -28,7 +29,8 @@ class Autotune(pl.Callback):
         """Measure, and print which backend each layer gets."""
         if not self.enabled:
             return
-        images = torch.zeros(self.size, device=pl_module.device)  # only their shape counts
+        # Only shape and dtype count.
+        images = torch.zeros(self.size, device=pl_module.device, dtype=floating_dtype(pl_module.net))
         if next((p for p in pl_module.net.parameters() if p.dim() == 4), images).is_contiguous(
             memory_format=torch.channels_last
         ):

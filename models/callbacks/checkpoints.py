@@ -94,9 +94,8 @@ class LastCheckpoint(Checkpoint):
         if batch_idx == 0 or batch_idx % trainer.accumulate_grad_batches:
             return
         step = trainer.global_step
-        due = self.every_n_train_steps is not None and step % self.every_n_train_steps == 0
         stop, overdue = self._ask(trainer)
-        if stop or ((due or overdue) and step != self._saved[0]):
+        if stop or ((self._due(trainer) or overdue) and step != self._saved[0]):
             self._save(trainer, BETWEEN_BATCHES)
         self._stop(trainer, stop)
 
@@ -121,17 +120,17 @@ class LastCheckpoint(Checkpoint):
         if trainer.current_epoch == 0:
             return
         stop, overdue = self._ask(trainer, now=True)
-        due = trainer.current_epoch % self.every_n_epochs == 0 and self._saved != (trainer.global_step, BETWEEN_EPOCHS)
-        if stop or overdue or due:
+        due = trainer.current_epoch % self.every_n_epochs == 0 or self._due(trainer)
+        if stop or overdue or (due and self._saved != (trainer.global_step, BETWEEN_EPOCHS)):
             self._save(trainer, BETWEEN_EPOCHS)
         self._stop(trainer, stop)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._agreement is not None:
-            self._agreement.finish(0)
+        stop, _ = self._ask(trainer, now=True)  # after the last validation no epoch starts that would ask
         if self._saved != (trainer.global_step, BETWEEN_EPOCHS):
             self._save(trainer, BETWEEN_EPOCHS)
         self._leave()
+        self._stop(trainer, stop, "after the last epoch")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._leave()
@@ -139,6 +138,9 @@ class LastCheckpoint(Checkpoint):
     def _leave(self) -> None:
         if self.requests is not None:
             self.requests.deferring = False
+
+    def _due(self, trainer: Trainer) -> bool:
+        return self.every_n_train_steps is not None and trainer.global_step % self.every_n_train_steps == 0
 
     def _ask(self, trainer: Trainer, now: bool = False) -> tuple[int, bool]:
         """Why to stop (0: do not), and whether a checkpoint is overdue; the same on all processes."""
@@ -164,14 +166,15 @@ class LastCheckpoint(Checkpoint):
             if hasattr(callback, "leave_out"):
                 callback.leave_out(self._saved_s - start)
 
-    def _stop(self, trainer: Trainer, reason: int | None) -> None:
+    def _stop(self, trainer: Trainer, reason: int | None, place: str | None = None) -> None:
         if not reason:
             return
         assert self.requests is not None and self._agreement is not None
         self._agreement.finish(0)
         if trainer.is_global_zero:
+            place = place or f"epoch {trainer.current_epoch + 1}"
             print(
-                f"{describe(reason)}: stopped, saved at step {trainer.global_step}, epoch {trainer.current_epoch + 1}. "
+                f"{describe(reason)}: stopped, saved at step {trainer.global_step}, {place}. "
                 f"To go on: python train.py resume={self.path.parent.parent}",
                 file=sys.stderr,
                 flush=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +25,9 @@ class ExactResume(Callback):
     pure functions of (seed, epoch, index), so the data module is told the position (`resume_at`) and its loader starts
     there, however many batches its workers had fetched ahead; torchdata's StatefulDataLoader would save generators
     that nothing here draws from. The same holds for mixup (`models.mixing`).
+
+    A training that starts seeds every process but the first anew: Lightning gives all of them one seed, and they would
+    drop the same neurons, paths and routing weights at the same places of their batches.
 
     Must come before other callbacks that look at the epoch's figures.
     """
@@ -57,12 +61,11 @@ class ExactResume(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._loaded is None:
+            draw_apart(trainer.global_rank)
             return
         if self._loaded["position"]["place"] == BETWEEN_EPOCHS:
             begin_epoch_anew(trainer)
-        trainer._logger_connector._callback_metrics.update(
-            {key: torch.tensor(value) for key, value in self._loaded["shown"].items()}
-        )
+        show(trainer, self._loaded["shown"])
         processes = self._loaded["processes"]
         if len(processes) != trainer.world_size:
             rank_zero_warn(
@@ -70,6 +73,7 @@ class ExactResume(Callback):
                 f"generators and the epoch's training metrics start anew."
             )
             self._loaded = None
+            draw_apart(trainer.global_rank)
             return
         mine = processes[trainer.global_rank]
         restore_metrics(pl_module, mine["metrics"])
@@ -82,6 +86,23 @@ class ExactResume(Callback):
             for path, saved in self._loaded["processes"][trainer.global_rank]["metrics"].items():
                 pl_module.log(saved["name"], modules[path], on_step=False, on_epoch=True, prog_bar=True)
         self._loaded = None
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._loaded is not None:  # of a complete training, which is only evaluated: it did not start again
+            show(trainer, self._loaded["shown"])
+            self._loaded = None
+
+
+def show(trainer: Trainer, figures: dict[str, float]) -> None:
+    """Let `trainer.callback_metrics` have these figures."""
+    trainer._logger_connector._callback_metrics.update({key: torch.tensor(each) for key, each in figures.items()})
+
+
+def draw_apart(rank: int) -> None:
+    """Seed torch's generators by the present seed and the rank; the first process keeps its own, as one alone does."""
+    if rank > 0:
+        digest = hashlib.blake2b(repr((torch.initial_seed(), "rank", rank)).encode(), digest_size=8).digest()
+        torch.manual_seed(int.from_bytes(digest, "little"))
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

@@ -17,7 +17,8 @@ class RoutingStatistics(Callback):
     """Logs for each router `routing/<block>/mean`, `entropy`, `saturation`, `dead_experts` and so on after validation.
 
     The figures are defined in `condconv.analysis`. Loggers with `log_histograms` (W&B) also get, for each router, the
-    histogram of all its weights. Networks without routers (experts=0) are left alone.
+    histogram of all its weights. Networks without routers (experts=0) are left alone. The figures are of the raw
+    weights, also where a moving average is evaluated beside them.
 
     Args:
         max_batches: validation batches that are looked at; hooks are on the routers only while these pass.
@@ -33,7 +34,9 @@ class RoutingStatistics(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._statistics = {}
         if any(isinstance(module, Router) for module in pl_module.net.modules()) and trainer.is_global_zero:
-            self._statistics = self._hooks.enter_context(record_routing(pl_module.net))
+            average = getattr(pl_module, "weight_average", None)
+            raw = record_routing(pl_module.net, counts=lambda: average is None or not average.is_applied)
+            self._statistics = self._hooks.enter_context(raw)
 
     def on_validation_batch_end(
         self,

@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from pytorch_lightning.plugins.environments import SLURMEnvironment
 
 from data.digits import DigitsDataModule
 from data.imagenet import ImageFolderDataModule
@@ -60,9 +61,30 @@ def test_workers_fit_the_data_and_the_machine(monkeypatch, tmp_path):
     assert DigitsDataModule(num_workers=2).make_loader(DigitsDataModule().load(True), train=True).persistent_workers
     folder = ImageFolderDataModule(tmp_path)
     assert folder._workers() == 8
-    folder.trainer = SimpleNamespace(global_rank=0, world_size=4, num_devices=4)
+    folder.trainer = SimpleNamespace(global_rank=0, world_size=4, num_devices=4, strategy=None)
     assert folder._workers() == 3
     assert ImageFolderDataModule(tmp_path, num_workers=0)._workers() == 0
+
+
+@pytest.mark.parametrize(
+    ("by_srun", "seen", "per_task", "workers"),
+    [
+        (True, 6, "6", 6),  # bound to its task's CPUs
+        (True, 24, "6", 6),  # not bound, as some clusters have it
+        (True, 1, "6", 1),  # srun without --cpus-per-task
+        (True, 24, None, 6),
+        (False, 6, "6", 1),  # one task, in which Lightning starts all processes
+    ],
+)
+def test_a_task_of_slurm_has_its_cpus_to_itself(by_srun, seen, per_task, workers, monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(seen)), raising=False)
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    if per_task:
+        monkeypatch.setenv("SLURM_CPUS_PER_TASK", per_task)
+    folder = ImageFolderDataModule(tmp_path)
+    strategy = SimpleNamespace(cluster_environment=SLURMEnvironment() if by_srun else None)
+    folder.trainer = SimpleNamespace(global_rank=0, world_size=4, num_devices=4, strategy=strategy)
+    assert folder._workers() == workers
 
 
 def test_memory_is_pinned_only_with_a_gpu():
@@ -98,7 +120,7 @@ def test_synthetic_repeats_one_batch():
 def test_synthetic_has_as_many_batches_on_every_process():
     module = SyntheticDataModule(num_batches=3, image_size=32, batch_size_per_device=5)
     module.trainer = SimpleNamespace(global_rank=1, world_size=2, num_devices=2)
-    assert len(module.train_dataloader()) == 3
+    assert len(module.train_dataloader()) == len(module.val_dataloader()) == 3
 
 
 def test_synthetic_has_them_also_where_it_was_loaded_before_there_was_a_trainer():

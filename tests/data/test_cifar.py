@@ -92,6 +92,28 @@ def test_fashion_mnist_from_its_files(fashion_root):
     assert "Sneaker" in module.class_names
 
 
+def test_each_part_is_opened_once(fashion_root, monkeypatch):
+    """Of CIFAR that is a checksum and an unpickling of 170 MB, and Lightning asks for the data at every stage."""
+    opened = []
+    start = datasets.FashionMNIST.__init__
+
+    def counted(self, *args, **options):
+        opened.append(options["train"])
+        start(self, *args, **options)
+
+    monkeypatch.setattr(datasets.FashionMNIST, "__init__", counted)
+    module = TorchvisionDataModule(fashion_root, dataset="fashion_mnist", batch_size_per_device=10)
+    for stage in ("fit", "fit", "test"):
+        module.prepare_data()
+        module.setup(stage)
+        assert "Sneaker" in module.class_names
+    assert sorted(opened) == [False, True] and not module._parts
+    other = TorchvisionDataModule(fashion_root, dataset="fashion_mnist", batch_size_per_device=10)
+    assert "Sneaker" in other.class_names  # of a process that prepares nothing
+    other.setup("test")
+    assert opened[2:] == [False] and not other._parts
+
+
 @pytest.mark.parametrize(
     ("dataset", "folder"),
     [

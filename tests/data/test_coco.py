@@ -14,6 +14,7 @@ from PIL import Image
 
 from data.coco import CocoDataModule
 from data.coco_index import read_index, read_truth
+from data.decoding import Picture, choose_decoder
 from data.detection_transforms import BoxTransform, CropAroundBoxes, detection_eval_transform, detection_train_transform
 
 CATEGORIES = [{"id": 90, "name": "toothbrush"}, {"id": 1, "name": "person"}, {"id": 3, "name": "car"}]
@@ -330,12 +331,37 @@ def test_absent_corrupt_and_misfit_images_are_skipped_up_to_a_limit(train: bool,
         warnings.simplefilter("error")
         list(loader)  # said once
     with pytest.raises(
-        RuntimeError, match=r"[23] unusable image\(s\) of 6 in .*, tolerated are 1 \(data.max_corrupt\)"
+        RuntimeError, match=r"[23] unusable image\(s\) of 6 in .*, tolerated are 1 per process \(data.max_corrupt\)"
     ):
         strict = module(root, max_corrupt=1)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             list(strict.train_dataloader() if train else strict.val_dataloader())
+
+
+def test_images_are_decoded_as_those_of_folders_and_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the decoder that is asked for, to the same pixels, with the same reasons where that fails."""
+    images = [{"id": i, "file_name": f"{i}.jpg", "width": WIDTH, "height": HEIGHT} for i in range(4)]
+    root = write(tmp_path, content() | {"images": images, "annotations": [entry(1, 0, 1, [8, 6, 16, 12])]})
+    folder = root / "train2017"
+    (folder / "1.jpg").write_bytes((folder / "1.jpg").read_bytes()[:-200])
+    (folder / "2.jpg").write_text("hello")
+    Image.new("RGB", (HEIGHT, WIDTH)).save(folder / "3.jpg")
+    asked = []
+    monkeypatch.setattr("data.coco.Picture", lambda data, decoder: asked.append(decoder) or Picture(data, decoder))
+    pixels = []
+    for decoder in ("pillow", "auto"):
+        data = module(root, decoder=decoder, augment="none")
+        assert f"(decoded by {choose_decoder(decoder)})" in data.describe()
+        part = data.load(True)
+        pixels.append(np.asarray(part.open(0)))
+        reasons = [part._failure(position) for position in range(1, 4)]
+        assert "truncated" in reasons[0].lower() and reasons[1] == "UnidentifiedImageError: cannot identify image file"
+        assert reasons[2] == "60 x 80 pixels, the annotation file says 80 x 60"
+    assert asked[0] == "pillow" and asked[-1] == choose_decoder()
+    assert np.array_equal(*pixels) and np.array_equal(pixels[0], np.asarray(Image.open(folder / "0.jpg")))
+    with pytest.raises(ValueError, match="unknown decoder 'cv2'"):
+        module(root, decoder="cv2")
 
 
 @pytest.mark.parametrize(

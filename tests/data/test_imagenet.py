@@ -232,7 +232,7 @@ def test_corrupt_images_are_left_out_of_evaluation_and_counted_once(root, worker
     with pytest.warns(UserWarning, match="unusable") as caught:
         assert colours(loader) == left
     last = str(caught[-1].message)
-    assert f"2 unusable image(s) of 12 in {root}/val, left out of the evaluation (limit 10)" in last
+    assert f"2 unusable image(s) of 12 in {root}/val, left out of the evaluation (limit 10 per process)" in last
     assert f"{root}/val/ant/1.png (" in last
     assert f"{root}/val/cow/3.png (UnidentifiedImageError" in last
     # Known by now: not counted or warned of again, whichever worker reads it.
@@ -258,7 +258,7 @@ def test_corrupt_images_are_replaced_in_training(root, workers):
     with pytest.warns(UserWarning, match="unusable") as caught:
         found = colours(module(root, batch_size_per_device=6, num_workers=workers).train_dataloader())
     last = str(caught[-1].message)
-    assert f"3 unusable image(s) of 18 in {root}/train, replaced by the next usable one (limit 10)" in last
+    assert f"3 unusable image(s) of 18 in {root}/train, replaced by the next usable one (limit 10 per process)" in last
     expected = [colour("train", label, n) for label in range(3) for n in range(6)]
     expected[1] = expected[2] = expected[3]
     expected[17] = expected[0]  # the list's end is followed by its beginning
@@ -273,7 +273,8 @@ def test_too_many_corrupt_images_stop_the_run(root, workers, train):
         truncate(root / part / "bee" / f"{number}.png")
     data = module(root, num_workers=workers, max_corrupt=2, batch_size_per_device=2)
     loader = data.train_dataloader() if train else data.val_dataloader()
-    expected = rf"3 unusable image\(s\) of \d+ in {root}/{part}, tolerated are 2 \(data.max_corrupt\): .*bee/0.png"
+    where = rf"3 unusable image\(s\) of \d+ in {root}/{part}"
+    expected = rf"{where}, tolerated are 2 per process \(data.max_corrupt\): .*bee/0.png"
     with warnings.catch_warnings(), pytest.raises(RuntimeError, match=expected):
         warnings.simplefilter("ignore")  # of the first ones
         list(loader)

@@ -223,7 +223,8 @@ def test_any_network_of_timm_by_pattern() -> None:
 
 
 MISTAKES = {
-    "unknown": ({"name": "mobilenetv1"}, r"unknown model 'mobilenetv1' \(did you mean 'mobilenet_v1'\?\)"),
+    "unknown": ({"name": "mobilenetv1"}, r"unknown model 'mobilenetv1' \(did you mean 'mobilenet_v1'\?\)\. Choose"),
+    "like none": ({"name": "xyz"}, r"unknown model 'xyz'\. Choose one of mobilenet_v1, "),
     "negative": ({"experts": -1}, "experts must be an int of at least 0.*got -1"),
     "fraction": ({"experts": 2.5}, "got 2.5"),
     "bool": ({"experts": True}, "got True"),

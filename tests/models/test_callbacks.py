@@ -6,6 +6,8 @@ import csv
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import pytorch_lightning as pl
@@ -14,9 +16,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from condconv import CondConv2d
-from models.callbacks import BestCheckpoint, EvaluationSpeed, ModelTable, RoutingStatistics, SavedConfig, Throughput
+from models.callbacks import (
+    BestCheckpoint,
+    EvaluationSpeed,
+    FinalValidation,
+    ModelTable,
+    RoutingStatistics,
+    SavedConfig,
+    Throughput,
+    final_figures,
+)
 from models.callbacks.display import EpochLines
 from models.classification import ClassificationModule
+from models.ema import WeightAverage
 from models.loggers import MetricsCsv, WandbRun, choose_mode
 from models.optim import build_optimizer
 
@@ -40,6 +52,13 @@ def module(experts: int = 3) -> ClassificationModule:
 def loader(count: int = 6, size: int = 4) -> DataLoader:
     data = TensorDataset(torch.randn(count * size, 3, 8, 8), torch.randint(4, (count * size,)))
     return DataLoader(data, batch_size=size)
+
+
+class Loaders(pl.LightningDataModule):
+    def __init__(self) -> None:
+        super().__init__()
+        train, val = loader(), loader(3)
+        self.train_dataloader, self.val_dataloader = lambda: train, lambda: val
 
 
 def fit(model: pl.LightningModule, *callbacks: pl.Callback, logger: object = False, **options: object) -> pl.Trainer:
@@ -89,6 +108,24 @@ def test_routing_statistics_of_a_few_batches() -> None:
     assert recorder.steps["routing/first/mean"] == recorder.steps["val/top1"]
 
 
+def test_routing_statistics_are_of_the_raw_weights_alone() -> None:
+    """The average, evaluated beside them, still has the expert that the raw weights have lost."""
+    model, statistics, recorder = module(), RoutingStatistics(), Recorder()
+    bias = model.net.first.router.fc.bias
+    model.weight_average = WeightAverage(model.net)
+    with torch.no_grad():
+        bias.copy_(torch.tensor([0.0, 0.0, -50.0]))
+    trainer: Any = SimpleNamespace(is_global_zero=True, global_step=1, loggers=[recorder])
+    statistics.on_validation_start(trainer, model)
+    images = torch.randn(4, 3, 8, 8)
+    model.net.eval()(images)
+    with model.weight_average.applied(model.net):
+        model.net(images)
+    statistics.on_validation_end(trainer, model)
+    assert recorder.histograms["routing/first/weights"].sum() == 4 * 3
+    assert recorder.metrics["routing/dead_experts"] == [1]
+
+
 def test_routing_statistics_leave_no_hooks_and_no_trace_in_static_networks() -> None:
     model = module()
     fit(model, RoutingStatistics(max_batches=100), logger=Recorder())
@@ -134,6 +171,37 @@ def test_throughput_tells_waiting_from_working() -> None:
     assert all(0 < value < 4 / 0.015 for value in speeds.values()), speeds
 
 
+def test_the_first_steps_of_a_resumed_training_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps take a second, the first three of each process ten; the lines stay where they are without a resume."""
+    clock, recorder = SimpleNamespace(now=0.0), Recorder()
+    monkeypatch.setattr("models.callbacks.throughput.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    trainer: Any = SimpleNamespace(is_last_batch=False, world_size=1)
+    part: Any = SimpleNamespace(loggers=[recorder], device=torch.device("cpu"), global_step=0)
+
+    def go_on(speed: Throughput, steps: int) -> None:
+        speed.on_train_start(trainer, part)
+        for step in range(steps):
+            part.global_step += 1
+            speed.on_train_batch_start(trainer, part, None, 0)
+            clock.now += 10 if step < 3 else 1
+            speed.on_train_batch_end(trainer, part, None, [torch.zeros(4)], 0)
+
+    first, second, third = (Throughput(every_n_steps=5, skip_steps=3) for _ in range(3))
+    go_on(first, 10)
+    second.load_state_dict(first.state_dict())
+    go_on(second, 12)
+    state = second.state_dict()
+    third.load_state_dict({**state, **state.pop("warm"), "steps": state["steps"]})  # of an earlier version
+    go_on(third, 2)
+    assert [step + 1 for step in recorder.steps["speed/step_time_ms"]] == [8, 13, 18, 23]
+    assert recorder.metrics["speed/step_time_ms"] == [1000] * 4
+    assert recorder.metrics["speed/images_per_second"] == [4] * 4
+    alone = Throughput(every_n_steps=1)
+    alone.load_state_dict(third.state_dict())
+    go_on(alone, 2)  # windows of nothing else: they have their lines
+    assert recorder.metrics["speed/step_time_ms"][4:] == [10_000] * 2
+
+
 def test_evaluation_speed_counts_every_image_once() -> None:
     speed = EvaluationSpeed()
     trainer = pl.Trainer(callbacks=[speed], logger=False, accelerator="cpu", enable_progress_bar=False)
@@ -162,6 +230,37 @@ def test_one_line_for_each_epoch(capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
     assert [line.split()[1] for line in lines] == ["1/2", "2/2"]
     assert "val/top1" in lines[0] and "train/loss" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("length", "steps"),
+    [
+        ({"max_epochs": 3}, [11, 17]),  # of 6 batches each; Lightning numbers a validation by the steps before its own
+        ({"max_epochs": -1, "max_steps": 14}, [11, 13]),
+        ({"max_epochs": 9, "max_steps": 2, "accumulate_grad_batches": 2}, [1]),
+    ],
+)
+def test_the_last_step_is_validated_whatever_is_due(length: dict[str, int], steps: list[int]) -> None:
+    recorder, last = Recorder(), FinalValidation()
+    trainer = fit(module(), last, logger=recorder, check_val_every_n_epoch=2, **length)
+    assert recorder.steps["val/top1"] == steps
+    assert last.validated_step == trainer.global_step == steps[-1] + 1
+    seen = float(trainer.callback_metrics["val/loss"])
+    assert float(final_figures(trainer, trainer.lightning_module, None)["val/loss"]) == seen
+    assert recorder.steps["val/top1"] == steps  # not made again
+
+
+def test_a_last_validation_that_was_cut_off_is_made_after_the_fit(tmp_path: Path) -> None:
+    options = {"max_epochs": -1, "max_steps": 8, "enable_progress_bar": False, "enable_model_summary": False}
+    options |= {"enable_checkpointing": False, "accelerator": "cpu", "logger": False}
+    before = pl.Trainer(limit_val_batches=0, callbacks=[FinalValidation()], **options)
+    before.fit(module(), loader(), loader(3))
+    before.save_checkpoint(tmp_path / "last.ckpt")
+    trainer, again, data = pl.Trainer(callbacks=[FinalValidation()], **options), module(), Loaders()
+    trainer.fit(again, datamodule=data, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert "val/loss" not in trainer.callback_metrics  # the training is complete
+    figures = final_figures(trainer, again, data)
+    assert figures["val/loss"] == trainer.validate(again, datamodule=data, verbose=False)[0]["val/loss"]
 
 
 def test_checkpoints_carry_the_config(tmp_path: Path) -> None:

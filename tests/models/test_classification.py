@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import pytorch_lightning as pl
@@ -12,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from models import create_model
+from models.callbacks.autotune import Autotune
 from models.classification import ClassificationModule
 from models.ema import WeightAverage
 from models.optim import build_optimizer
@@ -147,6 +151,20 @@ def test_channels_last_changes_the_layout_and_not_the_values() -> None:
     assert net.conv_stem.weight.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(last(images), plain, rtol=1e-4, atol=1e-5)
     assert net.state_dict().keys() == kernels.keys()
+
+
+def test_images_get_the_dtype_of_the_network_and_autotune_measures_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 images are not even copied; the data normalises in float32, whatever the trainer's precision."""
+    images, seen = torch.randn(2, 3, 4, 4), []
+    module = ClassificationModule(Linear(), 7, channels_last=False)
+    module.net.register_forward_pre_hook(lambda net, args: seen.append(args[0]))
+    module(images)
+    assert seen[0] is images
+    assert module.double()(images).dtype == torch.float64
+    monkeypatch.setattr("models.callbacks.autotune.autotune", lambda net, images: seen.append(images))
+    run: Any = SimpleNamespace(precision_plugin=SimpleNamespace(forward_context=nullcontext), is_global_zero=False)
+    Autotune(True, image_size=8, batch_size_per_device=5).on_fit_start(run, module)
+    assert seen[-1].dtype == torch.float64 and seen[-1].shape == (5, 3, 8, 8)
 
 
 def test_compile_keeps_the_names_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:

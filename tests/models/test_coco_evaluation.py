@@ -270,7 +270,7 @@ def test_without_processes_nothing_is_gathered() -> None:
     assert gather_results({9: [], 3: [{"score": 1}]}) == {3: [{"score": 1}], 9: []}
     truth = scene(6, 1)
     by_image = {image_id: [r for r in guesses(truth, 1) if r["image_id"] == image_id] for image_id in ids_of(truth)}
-    figures, flat = evaluate_over_ranks(truth, by_image)
+    figures, flat = evaluate_over_ranks(lambda: truth, by_image)
     assert figures == evaluate_detections(truth, flat, ids_of(truth)) and len(flat) == len(guesses(truth, 1))
 
 
@@ -283,13 +283,25 @@ def evaluate_as_rank(rank: int, world_size: int, num_images: int, folder: str) -
     ids = ids_of(truth)
     padded = (ids + ids)[: -(-num_images // world_size) * world_size]
     mine = {image_id: [r for r in results if r["image_id"] == image_id] for image_id in padded[rank::world_size]}
-    figures, flat = evaluate_over_ranks(truth if rank == 0 else {}, mine)
+
+    def read() -> dict:
+        assert rank == 0, "a process that does not measure reads the truth"
+        return truth
+
+    def read_nothing() -> dict:
+        raise FileNotFoundError("there is no file any more")
+
+    figures, flat = evaluate_over_ranks(read, mine)
     bad = {ids[0]: [{**results[0], "category_id": 2, "image_id": ids[0]}]} if rank == 1 else {}
     message = ""
     try:
-        evaluate_over_ranks(truth, bad)
+        evaluate_over_ranks(read, bad)
     except ValueError as error:
         message = str(error)
+    try:  # read in vain: all processes hear of it
+        evaluate_over_ranks(read_nothing, mine)
+    except FileNotFoundError as error:
+        message += f"; {error}"
     gathered = gather_results(mine)
     report = [figures.figures, figures.per_class, figures.num_images, len(flat), len(gathered), message]
     Path(folder, f"{rank}.json").write_text(json.dumps(report))
@@ -310,6 +322,7 @@ def assert_same_over_ranks(world_size: int, num_images: int, folder: Path) -> No
         assert flat == (len(guesses(truth, 3)) if rank == 0 else 0), "results came twice or not at all"
         assert gathered == (num_images if rank == 0 else 0)
         assert "has category 2, which the data does not hold" in message
+        assert message.endswith("; there is no file any more")
 
 
 def test_two_processes_have_the_figures_of_one(tmp_path: Path) -> None:

@@ -1,0 +1,61 @@
+"""Checks that need more than a command line; the others are called by tests/test_mistakes.py."""
+
+from __future__ import annotations
+
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from configs.checks import check_classes, check_trainer
+from configs.messages import UserError
+
+NAMES = ["cat", "dog", "owl"]
+
+
+def checked(known: list[str], found: list[str], **data: Any) -> int:
+    saved = OmegaConf.create({"model": {"num_classes": len(known) or None}, "class_names": known})
+    cfg = OmegaConf.create({"ckpt": "last.ckpt", "pretrained": None})
+    return check_classes(cfg, saved, SimpleNamespace(num_classes=len(found), class_names=tuple(found), **data))
+
+
+@pytest.mark.parametrize(
+    ("known", "found"),
+    [
+        (NAMES, NAMES),
+        ([], NAMES),  # a checkpoint of an earlier version, a foreign file
+        (NAMES, ["0", "1", "2"]),  # shards without classes.txt
+        (["0", "1", "2"], NAMES),
+    ],
+)
+def test_classes_that_may_be_the_same(known: list[str], found: list[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert checked(known, found) == checked(known, found, category_ids=(1, 2, 3)) == 3
+
+
+def test_classes_in_another_order() -> None:
+    for categories in ({}, {"category_ids": (1, 2, 3)}):
+        with pytest.raises(UserError, match=r"another order .*class 1 is 'dog' to it and 'owl' in the data"):
+            checked(NAMES, ["cat", "owl", "dog"], **categories)
+
+
+def test_classes_of_other_names() -> None:
+    with pytest.warns(UserWarning, match=r"last.ckpt names its classes otherwise .*'owl' to it and 'eagle owl' in"):
+        assert checked(NAMES, ["cat", "dog", "eagle owl"]) == 3
+    with pytest.raises(UserError, match=r"other categories than the data \(class 2 is 'owl' to it and 'bus'"):
+        checked(NAMES, ["cat", "dog", "bus"], category_ids=(1, 2, 3))
+    with pytest.raises(UserError, match="has 3 classes, the data 4"):
+        checked(NAMES, [*NAMES, "bus"])
+
+
+def test_weights_of_16_bits_are_refused() -> None:
+    ones = dict.fromkeys(("accumulate_grad_batches", "num_nodes", "check_val_every_n_epoch", "log_every_n_steps"), 1)
+    trainer = OmegaConf.create({**ones, "max_steps": 1, "accelerator": "cpu", "devices": 1, "precision": "64-true"})
+    check_trainer(trainer)
+    for precision in ("16", "bf16"):
+        trainer.precision = f"{precision}-true"
+        with pytest.raises(UserError, match=r"=16-true: .* Use trainer.precision=16-mixed|=bf16-true: .*=bf16-mixed"):
+            check_trainer(trainer)
