@@ -55,11 +55,10 @@ class RoutingStatistics(Callback):
         self._hooks.close()
         scalars: dict[str, float] = {}
         histograms: dict[str, torch.Tensor] = {}
-        for name, statistics in self._statistics.items():
+        for block, statistics in self._statistics.items():
             if not statistics.num_examples:
                 continue
             summary = statistics.compute()
-            block = name.removesuffix(".router")
             scalars |= {f"routing/{block}/{key}": value for key, value in summary.scalars().items()}
             histograms[f"routing/{block}/weights"] = summary.histogram.sum(0)
         if not scalars:
