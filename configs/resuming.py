@@ -30,6 +30,7 @@ HARMLESS = (
     "condconv.autotune",
     "data.root",
     "data.num_workers",
+    "data.decoder",  # the same pixels
     "data.prefetch*",
     "data.eval_batch_size_per_device",
     "trainer.accelerator",
