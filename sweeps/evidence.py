@@ -25,6 +25,8 @@ from configs.results import ROOT, read_result
 from sweeps.evidence_options import HELP, STATIC, STUDIES, Evidence, parse, typed
 
 STUDIES_FILE = ROOT / "docs" / "results" / "cifar10" / "studies.yaml"
+PLAIN = ("experts", "second_backbone", "backbones", "tuned")
+"""The studies whose networks with experts have nothing else changed about these: the best of them is analysed."""
 MINUTES: Mapping[str, float] = {
     "experts-0": 25, "experts-1": 30, "experts-4": 35, "experts-8": 36, "experts-16": 45, "width-0.27": 30,
     "width-0.709": 150, "resnet18": 45, "augment": 50, "max_epochs-50": 65, "max_train_per_class-5000": 80,
@@ -170,16 +172,10 @@ def analyse(evidence: Evidence) -> int:
     """Routing analysis of the best network with 8 experts, beside the report; returns the exit code."""
     if evidence.out is None:
         return 0
-    found = []
-    for folder in (evidence.runs / "experts").glob("experts-8_seed-*"):
-        result = read_result(folder) or {}
-        figure = (result.get("figures") or {}).get("test/top1")
-        if result.get("status") == "finished" and figure is not None and newest_good(folder / LAST):
-            found.append((figure, folder))
-    if not found:
-        print("no routing analysis: no finished run with 8 experts and a checkpoint in studies=experts")
+    best = best_with_experts(evidence.runs)
+    if best is None:
+        print(f"no routing analysis: no finished run with 8 experts and a checkpoint in studies={','.join(PLAIN)}")
         return 0
-    best = max(found)[1]
     print(f"\n== routing analysis of {best}", flush=True)
     if not (best / "analysis" / "index.md").is_file():
         words = [f"ckpt={typed(best / LAST)}", "analysis=routing", "logger=none"]
@@ -188,6 +184,16 @@ def analyse(evidence: Evidence) -> int:
             return code
     words = [f"analysis={(best / 'analysis').absolute()}", f"out={(evidence.out / 'analysis').absolute()}"]
     return subprocess.run([sys.executable, "-m", "reports.collect", *words], cwd=ROOT).returncode
+
+
+def best_with_experts(runs: Path) -> Path | None:
+    """The folder of the finished run with 8 experts, and nothing else about them changed, that is best on test images."""
+    found = []
+    for folder in (folder for study in PLAIN for folder in (runs / study).glob("*experts-8*_seed-*")):
+        figure = ((read_result(folder) or {}).get("figures") or {}).get("test/top1")
+        if is_finished(folder) and figure is not None and newest_good(folder / LAST):
+            found.append((figure, folder))
+    return max(found)[1] if found else None
 
 
 def report(evidence: Evidence) -> int:

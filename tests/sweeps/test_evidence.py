@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from condconv.files import LAST, save_sealed
 from configs.messages import UserError
 from configs.results import write_result
-from sweeps.evidence import is_kept, keep_runs, main, minutes, run, with_static_network
+from sweeps.evidence import best_with_experts, is_kept, keep_runs, main, minutes, run, with_static_network
 from sweeps.evidence_options import PROTOCOLS, STUDIES, parse
 
 
@@ -128,6 +129,22 @@ def test_only_a_stop_ends_the_studies(
     monkeypatch.setattr("sweeps.evidence._call", lambda command: codes.pop(0))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert run(evidence) == code and len(codes) == 3 - calls
+
+
+def test_the_best_network_with_experts_is_analysed(tmp_path: Path) -> None:
+    assert best_with_experts(tmp_path) is None
+    for name, top1, status in (
+        ("experts/experts-8_seed-1", 0.5, "finished"),
+        ("tuned/model-resnet18_experts-8_seed-1", 0.7, "finished"),
+        ("tuned/model-resnet18_experts-8_seed-2", 0.8, "interrupted"),
+        ("tuned/model-resnet18_experts-0_seed-1", 0.9, "finished"),
+        ("causes/expert-0.5_experts-8_seed-1", 0.9, "finished"),
+        ("experts/experts-8_seed-3", 0.9, "finished"),  # a run that keep= brought: no checkpoint
+    ):
+        write_result(tmp_path / name, {"status": status, "figures": {"test/top1": top1}})
+        if name != "experts/experts-8_seed-3":
+            save_sealed({}, tmp_path / name / LAST)
+    assert best_with_experts(tmp_path) == tmp_path / "tuned/model-resnet18_experts-8_seed-1"
 
 
 @pytest.mark.slow
