@@ -187,7 +187,7 @@ def analyse(evidence: Evidence) -> int:
 
 
 def best_with_experts(runs: Path) -> Path | None:
-    """The folder of the finished run with 8 experts, and nothing else about them changed, that is best on test images."""
+    """The finished run, with a checkpoint, that is best on test images of those with 8 plain experts: its folder."""
     found = []
     for folder in (folder for study in PLAIN for folder in (runs / study).glob("*experts-8*_seed-*")):
         figure = ((read_result(folder) or {}).get("figures") or {}).get("test/top1")
