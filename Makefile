@@ -29,8 +29,10 @@ $(STAMP): pyproject.toml
 	@touch $(STAMP)
 
 # pipefail is said here too, since make 3.81 (macOS) knows no .SHELLFLAGS; tee -i: Ctrl-C is for the training, which saves.
+# At a terminal the two variables let rich draw its bar through the pipe (FORCE_COLOR: rich below 14).
 train: $(STAMP) ## train (embedded digits unless ARGS says otherwise), then evaluate the saved checkpoint
 	@set -euo pipefail; said=$$(mktemp); trap 'rm -f "$$said"' EXIT; \
+	if [ -t 1 ]; then export TTY_COMPATIBLE=1 FORCE_COLOR=1; fi; \
 	PYTHONUNBUFFERED=1 $(BIN)/python train.py $(ARGS) | tee -i "$$said"; \
 	ckpt=$$(sed -n 's/^  last checkpoint  *//p' "$$said" | tail -n 1); \
 	if [ ! -f "$$ckpt" ]; then \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -115,8 +116,8 @@ class EpochLines(ProgressBar):
 
 
 def progress_bar(refresh_rate: int = 1) -> Callback:
-    """Rich's bar at a terminal, a line for each epoch elsewhere."""
-    if sys.stdout.isatty():
+    """Rich's bar at a terminal, or where output ends in one (TTY_COMPATIBLE=1), a line for each epoch elsewhere."""
+    if sys.stdout.isatty() or os.environ.get("TTY_COMPATIBLE") == "1":
         return RichProgressBar(refresh_rate=refresh_rate, leave=True)
     return EpochLines()
 

@@ -26,7 +26,7 @@ from models.callbacks import (
     Throughput,
     final_figures,
 )
-from models.callbacks.display import EpochLines
+from models.callbacks.display import EpochLines, progress_bar
 from models.classification import ClassificationModule
 from models.ema import WeightAverage
 from models.loggers import MetricsCsv, WandbRun, choose_mode
@@ -230,6 +230,15 @@ def test_one_line_for_each_epoch(capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
     assert [line.split()[1] for line in lines] == ["1/2", "2/2"]
     assert "val/top1" in lines[0] and "train/loss" in lines[0]
+
+
+@pytest.mark.parametrize(("variable", "kind"), [("1", pl.callbacks.RichProgressBar), ("", EpochLines)])
+def test_a_bar_where_the_output_ends_in_a_terminal(
+    variable: str, kind: type[pl.Callback], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`make train` pipes it through tee; elsewhere a bar would leave rubbish."""
+    monkeypatch.setenv("TTY_COMPATIBLE", variable)
+    assert type(progress_bar()) is kind
 
 
 @pytest.mark.parametrize(
