@@ -149,7 +149,7 @@ class Picture:
 
 def _unreadable(error: Exception) -> UnreadableImage:
     # Pillow names the file, which is a buffer here.
-    reason = re.sub(r" <_io.BytesIO object at \w+>", "", str(error))
+    reason = re.sub(r" <_io\.BytesIO object at \w+>", "", str(error))
     return UnreadableImage(f"{type(error).__name__}: {reason}")
 
 

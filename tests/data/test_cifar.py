@@ -11,16 +11,15 @@ from torchvision import datasets
 
 from data.cifar import TorchvisionDataModule
 
-RNG = np.random.default_rng(0)
-
 
 @pytest.fixture
 def fashion_root(tmp_path):
     """Fashion-MNIST's four files with 30 and 20 random images; torchvision does not check their sums."""
     raw = tmp_path / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
+    rng = np.random.default_rng(0)
     for part, count in (("train", 30), ("t10k", 20)):
-        images = RNG.integers(256, size=(count, 28, 28), dtype=np.uint8)
+        images = rng.integers(256, size=(count, 28, 28), dtype=np.uint8)
         labels = (np.arange(count) % 10).astype(np.uint8)
         header = struct.pack(">IIII", 0x803, count, 28, 28)
         (raw / f"{part}-images-idx3-ubyte").write_bytes(header + images.tobytes())
@@ -34,6 +33,7 @@ def fashion_root(tmp_path):
 def cifar_files(root, monkeypatch, dataset, folder, names, label_key, classes):
     """Files in CIFAR's format, their sums entered where torchvision looks for the true ones."""
     (root / folder).mkdir()
+    rng = np.random.default_rng(0)
 
     def write(name, content):
         data = pickle.dumps(content)
@@ -44,7 +44,7 @@ def cifar_files(root, monkeypatch, dataset, folder, names, label_key, classes):
     for part, files in names.items():
         lists[part] = []
         for name in files:
-            pixels = RNG.integers(256, size=(20, 3072), dtype=np.uint8)
+            pixels = rng.integers(256, size=(20, 3072), dtype=np.uint8)
             lists[part].append(write(name, {"data": pixels, label_key: [n % len(classes) for n in range(20)]}))
     meta_name, meta_key = dataset.meta["filename"], dataset.meta["key"]
     meta_sum = write(meta_name, {meta_key: classes})[1]
