@@ -152,8 +152,8 @@ def onnx_runner(path: Path, threads: int = 0) -> Run:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    # Its waiting threads would otherwise spin on the cores that whoever runs between two calls needs: another contender of
-    # a benchmark, the loader of a server.
+    # Its waiting threads would otherwise spin on cores that are needed between two calls: by another contender of a
+    # benchmark, by the loader of a server.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
