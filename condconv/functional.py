@@ -168,8 +168,8 @@ def condconv2d(
         dilation: As in `torch.nn.functional.conv2d`.
         groups: As in `torch.nn.functional.conv2d`; C for a depthwise convolution.
         backend: One of `condconv.list_backends()`. "auto" decides by shape, see `condconv.explain`, and is "reference"
-            inside `torch.func` derivatives and forward-mode differentiation, which the other algorithms do not have.
-            `torch.compile` around such a derivative hides it: ask for "reference" there, or forward mode gives zeros.
+            inside `torch.func` derivatives (compiled or not) and forward-mode differentiation, which the other
+            algorithms do not have.
         workspace_bytes: Memory for mixed kernels; 0 for an automatic value. Results do not depend on it but for
             rounding.
 

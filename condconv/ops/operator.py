@@ -87,21 +87,26 @@ def is_unobserved(*tensors: Tensor) -> bool:
         return False
 
 
-def needs_plain_torch(*tensors: Tensor) -> bool:
-    """Whether a derivative is taken here that the operator does not have: forward mode, or grad and jvp of torch.func.
-
-    The operator would give such a derivative without a word as zero. While the derivative itself is compiled nobody
-    can ask.
-    """
-    if torch.compiler.is_compiling():
-        return False
+@torch.compiler.assume_constant_result
+def _differentiates() -> bool:
+    """Whether grad or jvp of torch.func is at work. A compiler runs it when it traces, inside the transform."""
     try:
         stack = torch._C._functorch.get_interpreter_stack()
         types = torch._C._functorch.TransformType
-        if stack and any(interpreter.key() in (types.Grad, types.Jvp) for interpreter in stack):
-            return True
+        return bool(stack) and any(interpreter.key() in (types.Grad, types.Jvp) for interpreter in stack)
     except AttributeError:  # private names, which a later torch may give up
-        pass
+        return False
+
+
+def needs_plain_torch(*tensors: Tensor) -> bool:
+    """Whether a derivative is taken here that the operator does not have: forward mode, or grad and jvp of torch.func.
+
+    The operator would give such a derivative without a word as zero.
+    """
+    if _differentiates():
+        return True
+    if torch.compiler.is_compiling():
+        return False
     return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 

@@ -270,6 +270,26 @@ def test_derivatives_that_the_operator_does_not_have() -> None:
         call("gemm")(forward_ad.make_dual(x, tangents[0]), routing, weight)
 
 
+def test_derivatives_inside_compiled_functions() -> None:
+    """The reference is taken where torch.compile traces a transform of torch.func: the operator would give zeros."""
+    x, routing, weight, _ = (t.double() for t in TINY["dense"].tensors())
+
+    def output(x: Tensor) -> Tensor:
+        return condconv2d(x, routing, weight)
+
+    def value(x: Tensor) -> Tensor:
+        return output(x).square().sum()
+
+    def derivatives(x: Tensor) -> list[Tensor]:
+        tangent = jvp(output, (x,), (torch.ones_like(x),))[1]
+        return [tangent, grad(value)(x), jvp(grad(value), (x,), (torch.ones_like(x),))[1]]
+
+    compiled = torch.compile(derivatives, backend="aot_eager", fullgraph=True)(x)
+    for plain, result in zip(derivatives(x), compiled, strict=True):
+        assert float(plain.abs().max()) > 0.1
+        torch.testing.assert_close(result, plain)
+
+
 class Recorder(TorchDispatchMode):
     """Names of the operators that are called inside."""
 
