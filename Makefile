@@ -31,6 +31,10 @@ $(STAMP): pyproject.toml
 # pipefail is said here too, since make 3.81 (macOS) knows no .SHELLFLAGS; tee -i: Ctrl-C is for the training, which saves.
 # At a terminal the two variables let rich draw its bar through the pipe (FORCE_COLOR: rich below 14).
 train: $(STAMP) ## train (embedded digits unless ARGS says otherwise), then evaluate the saved checkpoint
+# Help and sweeps name no checkpoint to evaluate.
+ifneq ($(filter -m --multirun -h --help --hydra-help -c --cfg% -i --info%,$(ARGS)),)
+	@$(BIN)/python train.py $(ARGS)
+else
 	@set -euo pipefail; said=$$(mktemp); trap 'rm -f "$$said"' EXIT; \
 	if [ -t 1 ]; then export TTY_COMPATIBLE=1 FORCE_COLOR=1; fi; \
 	PYTHONUNBUFFERED=1 $(BIN)/python train.py $(ARGS) | tee -i "$$said"; \
@@ -41,6 +45,7 @@ train: $(STAMP) ## train (embedded digits unless ARGS says otherwise), then eval
 	printf '\nEvaluating the checkpoint, rebuilt from its own folder: make eval ARGS="ckpt=%s"\n' "$$ckpt"; \
 	$(BIN)/python eval.py "ckpt='$$ckpt'"; \
 	printf 'Checkpoints, metrics.csv and config.yaml: %s\n' "$$(dirname "$$(dirname "$$ckpt")")"
+endif
 
 eval: $(STAMP) ## evaluate a checkpoint: make eval ARGS="ckpt=outputs/.../last.ckpt"
 	@$(BIN)/python eval.py $(ARGS)

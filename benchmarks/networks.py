@@ -140,6 +140,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add_common_options(parser)
     args = parser.parse_args(arguments)
+    if args.preset == "latency" and args.device != "cpu":
+        parser.error("latency is of the CPU: use --device cpu")
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     return args
 

@@ -57,3 +57,11 @@ def test_nothing_is_evaluated_after_a_failure(tmp_path: Path, words: tuple[str, 
 def test_no_checkpoint_is_an_error(tmp_path: Path, said: str) -> None:
     code, calls, err = make_train(tmp_path, said)
     assert code != 0 and calls == ["train.py seed=2"] and "named no last checkpoint" in err
+
+
+@pytest.mark.parametrize("arguments", ["-m seed=1,2", "--help", "model=resnet50 --cfg job"])
+def test_help_and_sweeps_evaluate_nothing(tmp_path: Path, arguments: str) -> None:
+    code, calls, err = make_train(tmp_path, "", 0, f"ARGS={arguments}")
+    assert (code, err) == (0, "") and calls == [f"train.py {arguments}"]
+    code, calls, _ = make_train(tmp_path / "failing", "", 3, f"ARGS={arguments}")
+    assert code != 0 and calls == [f"train.py {arguments}"]

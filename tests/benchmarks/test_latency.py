@@ -57,9 +57,10 @@ def test_quick_is_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_gpu_is_not_measured_by_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        latency.main(["--device", "cuda"])
-    assert "latency is of the CPU" in capsys.readouterr().err
+    for main, words in ((latency.main, []), (networks.main, ["--preset", "latency"])):
+        with pytest.raises(SystemExit):
+            main([*words, "--device", "cuda"])
+        assert "latency is of the CPU" in capsys.readouterr().err
 
 
 @pytest.mark.slow
