@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import fcntl
 import io
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -48,6 +50,7 @@ class JobRun:
         folder: of the run.
         overrides: all of them, as train.py takes them.
         script: train.py.
+        devices: how many it trains on.
     """
 
     job: Job
@@ -60,7 +63,9 @@ class JobRun:
     started_s: float = 0.0
     seconds: float = 0.0
     failure: str = ""
+    devices: int = 1
     environment: dict[str, str] = field(default_factory=dict)
+    ticket: str = ""
 
     @property
     def name(self) -> str:
@@ -76,6 +81,30 @@ class JobRun:
         """The whole command line."""
         return [sys.executable, str(ROOT / "sweeps" / "job.py"), str(self.script), *self.arguments()]
 
+    @property
+    def lock(self) -> Path:
+        """A file that the job's process locks; it holds the ticket of the process that may."""
+        return self.folder.with_name(f".{self.folder.name}.lock")
+
+    def is_held(self) -> bool:
+        """Whether a process of an earlier start still trains in the folder, as submitit's do when a sweep is killed."""
+        if not self.lock.exists():
+            return False
+        with self.lock.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    def ended_meanwhile(self) -> bool:
+        """Whether such a process has finished the job since the sweep began; then there is nothing to run."""
+        if state_on_disk(self.folder) != "finished":
+            return False
+        self.begin()
+        self.end(0)
+        return True
+
     def prepare(self) -> list[str]:
         """Clear what an earlier start left without a checkpoint, or how it ended, and return the command."""
         command = self.command()
@@ -85,22 +114,32 @@ class JobRun:
         elif result is not None:  # else a job that breaks before its training begins would end as the earlier start did
             write_result(self.folder, {**result, "status": "running", "ended": None, "error": None})
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.ticket = secrets.token_hex(8)
+        self.lock.write_text(self.ticket)
         self.begin()
         return command
 
     def own_environment(self, parent: str) -> dict[str, str]:
-        """What sweeps/job.py wants to know: the process to end with ("any": whichever started it), where to write."""
-        return {"CONDCONV_SWEEP_PROCESS": parent, "CONDCONV_SWEEP_LOG": str(self.folder / LOG_FILE)}
+        """What sweeps/job.py wants to know: the process to end with ("any": whichever started it), lock and log."""
+        return {
+            "CONDCONV_SWEEP_PROCESS": parent,
+            "CONDCONV_SWEEP_LOCK": str(self.lock),
+            "CONDCONV_SWEEP_TICKET": self.ticket,
+            "CONDCONV_SWEEP_LOG": str(self.folder / LOG_FILE),
+        }
 
     def begin(self) -> None:
         self.state, self.started_s = "running", time.time()
 
     def run(self, stop: Event, kill: Event, keep_open: tuple[int, ...] = ()) -> None:
         """Run the job in a process of its own and wait for it; `stop` lets it save its state, `kill` does not."""
-        if stop.is_set():
+        while self.is_held() and not stop.is_set():
+            time.sleep(0.5)
+        if stop.is_set() or self.ended_meanwhile():
             return
+        command = self.prepare()
         process = subprocess.Popen(
-            self.prepare(),
+            command,
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for the sweep, which passes it on in its own way
             env={**os.environ, **self.environment, **self.own_environment(str(os.getpid()))},

@@ -62,8 +62,8 @@ class Joblib(InTurn):
         places: queue.Queue[int] = queue.Queue()
         for place in range(self.slots):
             places.put(place)
-        num_gpus = torch.cuda.device_count()
-        share_gpus = num_gpus > 1 if self.gpus is None else self.gpus and num_gpus > 0
+        gpus = _visible_gpus(torch.cuda.device_count())
+        share_gpus = len(gpus) > 1 if self.gpus is None else self.gpus and bool(gpus)
         threads = str(max(1, joblib.cpu_count() // self.slots))
 
         def run_one(run: JobRun) -> None:
@@ -71,8 +71,8 @@ class Joblib(InTurn):
             try:
                 # Without this every job starts a thread for each core, and they fight.
                 run.environment.setdefault("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", threads))
-                if share_gpus:
-                    run.environment["CUDA_VISIBLE_DEVICES"] = str(place % num_gpus)
+                if share_gpus and run.devices == 1:
+                    run.environment["CUDA_VISIBLE_DEVICES"] = gpus[place % len(gpus)]
                 run.run(self.stop, self.kill, self.keep_open)
             finally:
                 places.put(place)
@@ -84,7 +84,7 @@ class Submitit(InTurn):
     """Through submitit: jobs of SLURM, or processes of this machine (cluster="local", for trying things out).
 
     The sweep's process waits for the jobs. If it is stopped, it cancels them; they save their state, and go on when the
-    sweep is started again.
+    sweep is started again. If it is killed, they run on, and the next start waits for those that have begun.
 
     Args:
         cluster: slurm, local, or None for what there is.
@@ -107,8 +107,12 @@ class Submitit(InTurn):
 
         waiting, running = list(runs), dict[int, tuple[JobRun, Any]]()
         while (waiting and not self.stop.is_set()) or running:
-            while waiting and len(running) < self.slots and not self.stop.is_set():
-                run = waiting.pop(0)
+            for run in [run for run in waiting if not run.is_held()]:
+                if len(running) >= self.slots or self.stop.is_set():
+                    break
+                waiting.remove(run)
+                if run.ended_meanwhile():
+                    continue
                 command = run.prepare()
                 executor = submitit.AutoExecutor(folder=str(run.folder / "submitit"), cluster=self.cluster)
                 executor.update_parameters(name=run.name[:60], **self.options)
@@ -171,6 +175,12 @@ def make_launcher(kind: str = "in_turn", **options: Any) -> InTurn:
         raise UserError(f"launcher={kind} needs a package: {error}. pip install -e '.[train]'") from error
     except TypeError as error:
         raise UserError(f"launcher={kind}: {error}.") from error
+
+
+def _visible_gpus(count: int) -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them: numbers, UUIDs, MIG instances."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [name.strip() for name in given.split(",")][:count] if given else [str(number) for number in range(count)]
 
 
 def _exit_code(job: Any) -> int:

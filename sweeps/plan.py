@@ -83,7 +83,7 @@ def make_plan(
         rows = [[]]
     fixed = _default_overrides(unless_given or {}, given_keys)
     axes: dict[str, list[str]] = {}
-    in_params = {f"{key}={_as_text(value)}": key for key, value in (params or {}).items() if key not in given_keys}
+    in_params = {f"{key}={_varied(value)}": key for key, value in (params or {}).items() if key not in given_keys}
     replacing = {override.key_or_group: override for override in (*given, *_parse(list(in_params)))}
     # A key of the command line keeps its place among the params, so that names and order of the jobs stay the same.
     ordered = [replacing[key] for key in params or {}] + [o for o in given if o.key_or_group not in (params or {})]
@@ -149,8 +149,15 @@ def _values(override: Override) -> list[str]:
     return [f"{key}={value}" for value in override.sweep_string_iterator()]
 
 
-def _as_text(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+def _varied(value: Any) -> str:
+    return ",".join(map(as_text, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def as_text(value: Any) -> str:
+    """A value of YAML or Python as the command line writes it, such as null, true or [1,2]."""
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(as_text, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _default_overrides(defaults: Mapping[str, Any], given: Iterable[str]) -> list[str]:
@@ -158,7 +165,7 @@ def _default_overrides(defaults: Mapping[str, Any], given: Iterable[str]) -> lis
     if "experiment" in given:
         return []
     return [
-        f"{key}={'null' if value is None else str(value).lower() if isinstance(value, bool) else value}"
+        f"{key}={as_text(value)}"
         for key, value in defaults.items()
         if key not in given and key.partition(".")[0] not in given
     ]

@@ -17,7 +17,7 @@ from sweeps.display import Display
 from sweeps.folder import only_one, save_plan
 from sweeps.jobs import JobRun, state_on_disk
 from sweeps.names import job_name
-from sweeps.plan import Job, Plan, make_plan
+from sweeps.plan import Job, Plan, as_text, make_plan
 from sweeps.sweeper import Sweep
 
 STUDY_FILE = "optuna.db"
@@ -58,9 +58,11 @@ class OptunaSearch(Sweep):
                 study_name="search",
                 storage=f"sqlite:///{folder / STUDY_FILE}",
                 direction=self.options["direction"],
-                sampler=optuna.samplers.TPESampler(seed=self.options.get("sampler_seed")),
                 load_if_exists=True,
             )
+            seed = self.options.get("sampler_seed")
+            # The seed of a start counts the trials so far: one and the same would draw the first start's points again.
+            study.sampler = optuna.samplers.TPESampler(seed=None if seed is None else seed + len(study.trials))
             runs = self.search(study, space, shared, folder)
             self.summary(study, folder, runs)
         if self.launcher.stop.is_set():
@@ -143,7 +145,9 @@ def is_interrupted(runs: Sequence[JobRun]) -> bool:
 
 def as_overrides(params: Mapping[str, Any]) -> list[str]:
     """A trial's parameters as overrides; six digits are enough for anybody."""
-    return [f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}" for key, value in params.items()]
+    return [
+        f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={as_text(value)}" for key, value in params.items()
+    ]
 
 
 def figure(result: Mapping[str, Any] | None, metric: str) -> float | None:

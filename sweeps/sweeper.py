@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.core.utils import JobStatus
 from hydra.core.utils import run_job as run_hydra_job
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -117,7 +118,7 @@ class Sweep:
             labels |= {"logger.wandb.group": quoted(Path(folder.name)), "logger.wandb.tags": f"[{tags}]"}
         overrides += [f"{key}={value}" for key, value in labels.items() if key not in given]
         script = Path(inspect.getsourcefile(inspect.unwrap(self.task_function)) or "train.py").resolve()
-        return JobRun(job, folder / job.name, overrides, script)
+        return JobRun(job, folder / job.name, overrides, script, devices=count_devices(cfg))
 
     def launch(self, runs: Sequence[JobRun], display: Display) -> None:
         """Run the jobs; Ctrl-C or SIGTERM lets the running ones save their state, a second one does not."""
@@ -197,17 +198,23 @@ class GridSweep(Sweep):
     def plan(self, arguments: Sequence[str]) -> Plan:
         """The jobs, with what the generator found if there is one; those that `only` names."""
         options = {"params": self.params, "unless_given": self.unless_given}
-        variants = self.variants
-        if self.generator is not None:
-            first = make_plan(arguments, **options)
-            if several := varied(first) - {"seed"}:
-                raise UserError(
-                    f"{', '.join(sorted(several))}: this sweep computes its jobs for one value. Start it once for each."
-                )
-            variants = find_generator(self.generator)(self.compose(first.command_line(first.jobs[-1])))
+        variants = self.variants if self.generator is None else self.generate(arguments, options)
         options |= {"variants": variants, "keep_variants": self.keep_variants, "static_twin": self.static_twin}
         plan = make_plan(arguments, **options)
         return select(plan, self.only)
+
+    def generate(self, arguments: Sequence[str], options: Mapping[str, Any]) -> list[list[str]]:
+        """The generator's variants. Keys of theirs may have several values on the command line, which replace them."""
+        several = varied(make_plan(arguments, **options)) - {"seed"}
+        single = [argument for argument in arguments if key_of(argument) not in several]
+        first = make_plan(single, **options)
+        variants: list[list[str]] = find_generator(self.generator)(self.compose(first.command_line(first.jobs[-1])))
+        own = {key_of(override) for row in variants for override in row}
+        if wrong := several if self.keep_variants else several - own:
+            raise UserError(
+                f"{', '.join(sorted(wrong))}: this sweep computes its jobs for one value. Start it once for each."
+            )
+        return variants
 
     def skip(self, run: JobRun) -> bool:
         """Whether a job stays as it is: finished, or failed and not to be retried."""
@@ -230,6 +237,18 @@ def check_needs(cfg: DictConfig, needs: Mapping[str, Any]) -> None:
                 f"This sweep needs {key}={'...' if needed is None else needed}, and its jobs have {found}: give it, or "
                 "the experiment that the head of the sweep's file names."
             )
+
+
+def count_devices(cfg: DictConfig) -> int:
+    """How many devices of this machine a job trains on; "auto" and -1 are all of them."""
+    devices = OmegaConf.select(cfg, "trainer.devices", default=1)
+    if isinstance(devices, str) and devices.isdecimal():
+        devices = int(devices)
+    if isinstance(devices, int) and devices >= 0:
+        return devices
+    if isinstance(devices, str) and devices not in ("auto", "-1"):
+        devices = [word for word in devices.split(",") if word.strip()]
+    return torch.cuda.device_count() if isinstance(devices, int | str) else len(devices)
 
 
 def exit_code(runs: Sequence[JobRun], stopped: bool) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -182,8 +183,32 @@ def test_joblib_jobs_do_not_fight_over_cores(script: Path, monkeypatch: pytest.M
     Joblib(n_jobs=2).launch(runs)
     environments = [read_result(run.folder)["environment"] for run in runs]
     assert {each["OMP_NUM_THREADS"] for each in environments} == {"3"}
-    assert {each["CUDA_VISIBLE_DEVICES"] for each in environments} <= {"0", "1"}
-    assert "CONDCONV_SWEEP_PROCESS" not in environments[0]
+    assert not [name for name in environments[0] if name.startswith("CONDCONV_SWEEP")]
+
+
+def test_joblib_shares_out_the_gpus_that_it_may_use(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+
+    def visible(given: str | None, devices: int = 1) -> set[str | None]:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if given is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+        runs = [job(script, "waits", f"{given}-{devices}-{i}") for i in range(2)]
+        for run in runs:
+            run.devices = devices
+        launcher = Joblib(n_jobs=2)
+        thread = threading.Thread(target=launcher.launch, args=(runs,))
+        thread.start()  # both wait at the same time, so each has a place of its own
+        for run in runs:
+            wait_for(run.folder / "ready")
+        launcher.stop.set()
+        thread.join(20)
+        return {run.environment.get("CUDA_VISIBLE_DEVICES") for run in runs}
+
+    assert visible(None) == {"0", "1"}
+    assert visible("2,3") == {"2", "3"}
+    assert visible("GPU-8f2a, MIG-41") == {"GPU-8f2a", "MIG-41"}
+    assert visible("2,3", devices=2) == {None}, "a job of two devices keeps both"
 
 
 def test_submitit_local(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,6 +223,47 @@ def test_submitit_local(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     environment = read_result(runs[0].folder)["environment"]
     assert environment["CONDCONV_DATA"] == "/somewhere" and environment["PATH"] == os.environ["PATH"]
     assert environment["SLURM_JOB_NAME"] == "bash", "what Lightning asks for"
+
+
+def test_jobs_of_a_killed_sweep_are_waited_for(script: Path) -> None:
+    """Submitit's jobs live on; none is started beside one in the same folder, whatever the launcher."""
+    pytest.importorskip("submitit")
+    first = job(script, "waits")
+    parent = os.fork()
+    if parent == 0:
+        os.setsid()
+        Submitit(cluster="local", timeout_min=1).launch([first])
+        os._exit(0)
+    wait_for(first.folder / "ready")
+    child = json.loads((first.folder / "result.json").read_text())["pid"]
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    again = [job(script, "waits"), job(script, "works")]
+    launcher = Submitit(cluster="local", timeout_min=1)
+    launcher.poll_s = 0.05
+    thread = threading.Thread(target=launcher.launch, args=(again,))
+    thread.start()
+    wait_for(again[1].folder / "result.json")
+    assert again[0].is_held() and again[0].state == "waiting" and (first.folder / "ready").exists()
+    os.kill(child, signal.SIGTERM)
+    thread.join(30)
+    assert [run.state for run in again] == ["finished", "finished"]
+    assert read_result(first.folder)["resumed"] is True and not again[0].is_held()
+    # Another start, after the job has ended by itself, has nothing to run.
+    last = job(script, "waits")
+    InTurn().launch([last])
+    assert last.state == "finished" and last.ticket == ""
+
+
+def test_a_job_that_was_submitted_again_does_not_begin(script: Path) -> None:
+    """It waited in the cluster's queue when the sweep was killed."""
+    old, new = job(script, "works"), job(script, "works")
+    command = old.prepare()
+    new.prepare()
+    environment = {**os.environ, **old.own_environment("any")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "has submitted this job anew" in done.stderr
+    assert not (new.folder / "result.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from configs.messages import UserError
 from sweeps.names import LONGEST, job_name, unique_names
@@ -64,6 +65,13 @@ def test_the_command_line_replaces_what_the_file_varies() -> None:
     given = ("model.width=1.0,2.0", "seed=1,2", "condconv.experts=8")
     expected = [f"experts-8_width-{width}_seed-{seed}" for seed in (1, 2) for width in ("1.0", "2.0")]
     assert names(*given, params=params) == expected, "in the file's order, so that a larger sweep finds its jobs again"
+
+
+def test_values_of_yaml_are_those_of_the_command_line() -> None:
+    plan = make_plan([], params={"condconv.placement": [None, "all"], "test": [True], "x.list": [[1, None], [3]]})
+    parsed = [OverridesParser.create().parse_overrides(list(job.overrides)) for job in plan.jobs]
+    values = [tuple(override.value() for override in overrides) for overrides in parsed]
+    assert values == [(p, True, x) for p in (None, "all") for x in ([1, None], [3])]
 
 
 def test_what_belongs_to_the_sweep_is_not_passed_on() -> None:

@@ -17,7 +17,7 @@ from configs.results import read_result, write_result
 from sweeps.display import Display
 from sweeps.jobs import JobRun, state_on_disk
 from sweeps.plan import Job
-from sweeps.sweeper import Sweep, check_needs, exit_code
+from sweeps.sweeper import Sweep, check_needs, count_devices, exit_code
 
 ROOT = Path(__file__).resolve().parents[2]
 SWEEPS = sorted(path.stem for path in (ROOT / "configs" / "sweep").glob("*.yaml"))
@@ -160,6 +160,25 @@ def test_lists_and_text_vary_alike(commands: Commands) -> None:
         options += [f"+hydra.sweeper.params.seed={values}", "hydra.sweeper.list_only=true"]
         code, out, err = commands.train("-m", *options)
         assert code == 0 and [line.split()[0] for line in out.splitlines()] == ["seed-3", "seed-4"], out + err
+
+
+def test_the_command_line_replaces_what_a_generator_varies(commands: Commands) -> None:
+    options = ("sweep=depth", "model.width=0.25", "condconv.experts=2", "seed=1", "hydra.sweeper.list_only=true")
+    for given in ("condconv.from_block=1,7", "condconv.last_blocks=1,2"):
+        code, out, err = commands.train("-m", *options, given)
+        key, first, second = re.split("[=,]", given.partition(".")[2])
+        expected = ["experts-0_seed-1", *(f"{key}-{value}_seed-1" for value in (first, second))]
+        assert code == 0 and [line.split()[0] for line in out.splitlines()] == expected, out + err
+    code, _, err = commands.train("-m", *options, "model.width=0.25,0.5")
+    assert code == 1 and "model.width: this sweep computes its jobs for one value" in err
+
+
+@pytest.mark.parametrize(
+    ("devices", "count"), [(1, 1), ("2", 2), ("auto", 4), (-1, 4), ([0, 3], 2), ("0,1", 2), (0, 0)]
+)
+def test_devices_of_a_job(devices: object, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert count_devices(OmegaConf.create({"trainer": {"devices": devices}})) == count
 
 
 def test_started_again(commands: Commands) -> None:
@@ -305,6 +324,7 @@ def test_a_search_goes_on_where_it_stopped(commands: Commands) -> None:
     assert code == 0 and "best of 4" in out, out + err
     study = optuna.load_study(study_name="search", storage=storage)
     assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 4
+    assert len({trial.params["optim.lr"] for trial in study.trials}) == 4, "no start draws what an earlier one drew"
     code, out, _ = commands.train(*SEARCH, "hydra.sweeper.trials=4")
     assert code == 0 and "best of 4" in out and "running" not in out, "nothing is left to do"
 
