@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ class Rates:
     copy_bytes_per_s: float
     madds_per_s: dict[str, float]
 
-    def as_json(self) -> dict[str, object]:
+    def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
 

@@ -15,7 +15,7 @@ import argparse
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -248,6 +248,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def completed_rates(known: dict[str, Any] | None, device: str, dtypes: list[str]) -> dict[str, Any]:
+    """The rates of the table's first run, by which its rows are judged, and those of data types that are new."""
+    measured = known["madds_per_s"] if known else {}
+    missing = [getattr(torch, name) for name in dtypes if f"torch.{name}" not in measured]
+    if known is not None and not missing:
+        return known
+    new = measure_rates(device, missing).as_json()
+    return new if known is None else {**known, "madds_per_s": {**known["madds_per_s"], **new["madds_per_s"]}}
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measures, writes JSON, Markdown and plots."""
     args = parse(arguments)
@@ -258,9 +268,7 @@ def main(arguments: list[str] | None = None) -> None:
         use_processor_time()
     facts = {"clock": "processor" if args.processor_time else "wall"}
     report = Report("layers", args.device, folder, layer_tables.render, args.fresh, facts)
-    if "rates" not in report.origin or not set(args.dtypes) <= report.origin["rates"]["madds_per_s"].keys():
-        rates = measure_rates(args.device, [getattr(torch, name) for name in args.dtypes])
-        report.origin["rates"] = rates.as_json()
+    report.origin["rates"] = completed_rates(report.origin.get("rates"), args.device, args.dtypes)
     report.run(cases(args, Rates(**report.origin["rates"]), report), layer_tables.line)
     for (image_size, dtype, batch, experts, mode), group in layer_tables.groups_of(report.rows).items():
         title = f"CondConv layers, {mode}, batch {batch}, {image_size} px, E={experts}, {dtype}"

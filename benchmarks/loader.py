@@ -236,18 +236,20 @@ def photos_on_disk(photos: list[bytes], copies: int) -> Iterator[tuple[Path, Pat
         yield folders, shards
 
 
-def read_photos(folder: Path | None, count: int) -> tuple[list[bytes], str]:
-    """The photos, and what they are."""
+def read_photos(folder: Path | None, count: int) -> list[bytes]:
+    """Files of a folder, or generated ones."""
     if folder is None:
-        photos = [photo(number) for number in range(count)]
-        what = f"{count} generated JPEGs of 500 x 375"
-    else:
-        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))[:count]
-        if len(files) < 8:
-            sys.exit(f"--photos {folder}: at least 8 JPEGs are needed, there are {len(files)}")
-        photos = [path.read_bytes() for path in files]
-        what = f"{len(photos)} JPEGs of {folder.name}/"
-    return photos, f"{what}, {sum(map(len, photos)) / len(photos) / 1e3:.0f} kB on average"
+        return [photo(number) for number in range(count)]
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))[:count]
+    if len(files) < 8:
+        sys.exit(f"--photos {folder}: at least 8 JPEGs are needed, there are {len(files)}")
+    return [path.read_bytes() for path in files]
+
+
+def described(photos: list[bytes], folder: Path | None) -> str:
+    """What a table says of its photos."""
+    what = f"{len(photos)} JPEGs of {folder.name}/" if folder else f"{len(photos)} generated JPEGs of 500 x 375"
+    return f"{what}, {sum(map(len, photos)) / len(photos) / 1e3:.0f} kB on average"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -262,7 +264,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     workers = args.workers or [0, os.cpu_count() or 1]
     seconds = 1.0 if args.quick else args.seconds
-    photos, what = read_photos(args.photos, 8 if args.quick else 64)
+    photos = read_photos(args.photos, 8 if args.quick else 64)
     copies = 1 if args.quick else 4
     batch_size = min(args.batch_size, len(photos) // 2)
     report = Report("loader", "cpu", output_folder(args), render, args.fresh)
@@ -271,10 +273,14 @@ def main(arguments: list[str] | None = None) -> None:
         print("gates passed: evaluation crops are timm's, decoders give equal batches")
 
         def loaders(count: int) -> Row:
-            return {**measure_loaders(folders, shards, count, batch_size, seconds), "data": what}
+            return {
+                **measure_loaders(folders, shards, count, batch_size, seconds),
+                "data": described(photos, args.photos),
+            }
 
         def decoding() -> Row:
-            return {**measure_decoders(photos[:8], seconds / 3), "data": what}
+            few = photos[:8]
+            return {**measure_decoders(few, seconds / 3), "data": described(few, args.photos)}
 
         cases: list[tuple[str, Callable[[], Row]]] = [("decoders", decoding)]
         cases += [(f"loaders-{count}", partial(loaders, count)) for count in workers]

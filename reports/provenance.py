@@ -62,7 +62,7 @@ def provenance(comparison: Comparison, options: Options) -> list[tuple[str, str]
     return [
         ("runs", n),
         ("training time", f"{hours(runs):.2f} hours of the runs that count, {hours(left):.2f} of those left out"),
-        *(("sweep", command_text(sweep, options.links)) for sweep in options.sweeps),
+        *(("sweep, its last start", command_text(sweep, options.links)) for sweep in options.sweeps),
         ("ended", f"{ends[0]} to {ends[-1]}" if ends else "not recorded"),
         ("seeds", ", ".join(sorted({show(run.seed) for run in runs})) or "none"),
         ("commits", ", ".join(sorted({commit_of(run) for run in runs})) or "none"),

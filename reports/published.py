@@ -95,8 +95,11 @@ def _width(row: Row) -> float:
 def _data(row: Row) -> str:
     """Which data set a group was trained and tested on, all of it, at the published size; "" for none of the table."""
     settings = row.group.settings
-    limited = any(settings.get(f"trainer.limit_{split}_batches") not in (None, 1.0) for split in ("train", "test"))
-    if limited or any(settings.get(f"data.{key}") is not None for key in PARTS):
+    limits = [settings.get(f"trainer.limit_{split}_batches") for split in ("train", "test")]
+    # A float of 1 is all batches, an integer one batch; a holdout of 0 is none.
+    if any(limit is not None and repr(limit) != "1.0" for limit in limits):
+        return ""
+    if any(settings.get(f"data.{key}") not in (None, 0) for key in PARTS):
         return ""
     module = str(settings.get("data._target_", "")).rpartition(".")[2]
     data = MODULES.get((module, settings.get("data.dataset", settings.get("data.name"))), "")

@@ -14,17 +14,20 @@ from models import list_backbones
 
 
 def test_the_table() -> None:
-    times = {f"static {kind}": {"median_ms": 1.0 + i} for i, kind in enumerate(KINDS) if kind != "ONNX matmul"}
-    times |= {f"CondConv {kind}": {"median_ms": 10.0 + i} for i, kind in enumerate(KINDS)}
+    times = {
+        f"static {kind}": {"median_ms": 1.0 + i, "rounds": 4} for i, kind in enumerate(KINDS) if kind != "ONNX matmul"
+    }
+    times |= {f"CondConv {kind}": {"median_ms": 10.0 + i, "rounds": 7} for i, kind in enumerate(KINDS)}
     row = {"id": "a", "origin": 0, "backbone": "resnet18", "experts": 8, "image_size": 224, "times": times}
     text = render([row, {"id": "b-e8-224px", "origin": 0, "error": "out of memory"}])
+    assert "median of 4 to 7 rounds" in text
     assert "| resnet18, 224 px | static | 1.0 | 2.0 | 3.0 | - | 5.0 |" in text
     assert "| resnet18, 224 px | CondConv, 8 experts | 10.0 | 11.0 | 12.0 | 13.0 | 14.0 |" in text
     assert "| b-e8-224px | out of memory |" in text
 
 
 def fake(backbone: str, experts: int, image_size: int, budget_s: float) -> dict[str, Any]:
-    times = {f"{variant} eager": {"median_ms": 2.0} for variant in ("static", "CondConv")}
+    times = {f"{variant} eager": {"median_ms": 2.0, "rounds": 9} for variant in ("static", "CondConv")}
     return {"backbone": backbone, "experts": experts, "image_size": image_size, "notes": {}, "times": times}
 
 
@@ -44,6 +47,7 @@ def test_the_benchmark_of_networks_makes_the_table_too(tmp_path: Path, monkeypat
     assert len(json.loads((tmp_path / "latency-cpu.json").read_text())["rows"]) == 1
     networks.main(options)
     assert len(json.loads((tmp_path / "latency-cpu.json").read_text())["rows"]) == 8
+    assert "median of 9 to 9 rounds" in (tmp_path / "latency-cpu.md").read_text()
 
 
 def test_quick_is_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,3 +115,18 @@ def test_bounds_counted_by_hand() -> None:
     assert least_madds(one_position) == 2 * 8 * 16 * 3 * 4  # run all 4 experts: forward and two products back
     rates = Rates(copy_bytes_per_s=1e9, madds_per_s={"torch.float32": 1e7})
     assert bound_ms(pointwise, rates) == pytest.approx(5120 / 1e4)
+
+
+def test_rows_that_are_added_are_judged_by_the_same_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[torch.dtype]] = []
+
+    def measured(device: str, dtypes: list[torch.dtype]) -> Rates:
+        asked.append(dtypes)
+        return Rates(float(len(asked)), {str(dtype): float(len(asked)) for dtype in dtypes})
+
+    monkeypatch.setattr(layers, "measure_rates", measured)
+    first = layers.completed_rates(None, "cpu", ["float32"])
+    assert layers.completed_rates(first, "cpu", ["float32"]) == first
+    both = layers.completed_rates(first, "cpu", ["float32", "bfloat16"])
+    assert asked == [[torch.float32], [torch.bfloat16]]
+    assert both == {"copy_bytes_per_s": 1.0, "madds_per_s": {"torch.float32": 1.0, "torch.bfloat16": 2.0}}

@@ -44,6 +44,7 @@ def test_a_whole_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "gates passed" in capsys.readouterr().out
     rows = json.loads((tmp_path / "loader-cpu.json").read_text())["rows"]
     assert [row["id"] for row in rows] == ["decoders", "loaders-0"]
+    assert all(row["data"].startswith("8 generated JPEGs") for row in rows)
     rates = rows[1]["images_per_second"]
     assert {PLAIN, "folders, pillow", "shards, pillow"} <= set(rates) and min(rates.values()) > 1
     assert "| pillow " in (tmp_path / "loader-cpu.md").read_text()

@@ -31,6 +31,7 @@ def ours(root: Path, data: str, metric: str = "top1", **changes: Any) -> list[st
 def test_whole_runs_on_the_same_data_stand_beside(tmp_path: Path) -> None:
     assert ours(tmp_path / "a", "imagenet") == ["71.23 (n = 1)"]
     assert ours(tmp_path / "b", "coco", "AP") == ["71.23 (n = 1)"]
+    assert ours(tmp_path / "c", "imagenet", **{"data.holdout": 0}) == ["71.23 (n = 1)"]
 
 
 @pytest.mark.parametrize(
@@ -44,6 +45,7 @@ def test_whole_runs_on_the_same_data_stand_beside(tmp_path: Path) -> None:
         ("imagenet", "top1", {"data.holdout": 50}),
         ("imagenet", "top1", {"data.max_val_per_class": 5}),
         ("imagenet", "top1", {"trainer.limit_test_batches": 0.5}),
+        ("imagenet", "top1", {"trainer.limit_test_batches": 1}),
         ("imagenet", "top1", {"model.width": 0.75}),
         ("imagenet", "top1", {"data.image_size": 64}),
         ("coco", "AP", {"data.image_size": 512}),
