@@ -87,7 +87,6 @@ def is_unobserved(*tensors: Tensor) -> bool:
         return False
 
 
-@torch.compiler.assume_constant_result
 def _differentiates() -> bool:
     """Whether grad or jvp of torch.func is at work. A compiler runs it when it traces, inside the transform."""
     try:
@@ -96,6 +95,10 @@ def _differentiates() -> bool:
         return bool(stack) and any(interpreter.key() in (types.Grad, types.Jvp) for interpreter in stack)
     except AttributeError:  # private names, which a later torch may give up
         return False
+
+
+# What torch.compiler.assume_constant_result does, which would load the compiler, seconds, with this library.
+_differentiates._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def needs_plain_torch(*tensors: Tensor) -> bool:
