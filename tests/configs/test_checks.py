@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
 
 from configs.checks import check_classes, check_trainer
 from configs.messages import UserError
+from configs.resolvers import register_resolvers
+from models.stopping import StopRequests, seconds
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 NAMES = ["cat", "dog", "owl"]
+
+
+def composed(*overrides: str, name: str = "train") -> DictConfig:
+    register_resolvers()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose(name, list(overrides))
 
 
 def checked(known: list[str], found: list[str], **data: Any) -> int:
@@ -59,3 +70,13 @@ def test_weights_of_16_bits_are_refused() -> None:
         trainer.precision = f"{precision}-true"
         with pytest.raises(UserError, match=r"=16-true: .* Use trainer.precision=16-mixed|=bf16-true: .*=bf16-mixed"):
             check_trainer(trainer)
+
+
+def test_the_time_limit_in_both_its_forms() -> None:
+    for given in ("{hours: 3}", "00:03:00:00"):
+        max_time = composed(f"trainer.max_time={given}").trainer.max_time
+        assert seconds(max_time) == 3 * 3600
+        StopRequests(75, max_time)
+    for wrong in ("{hour: 3}", "3h"):
+        with pytest.raises(ValueError, match=r"expected 'DD:HH:MM:SS', such as '00:03:30:00', or \{hours: 3\}"):
+            seconds(composed(f"trainer.max_time={wrong}").trainer.max_time)
