@@ -153,6 +153,11 @@ def test_learning_rates_are_scaled_by_the_global_batch() -> None:
     assert compose_config("optim.lr=0.5").optim.optimizer.lr == 0.5
 
 
+def test_the_rate_of_a_detector_follows_its_base_and_the_width() -> None:
+    for given, lr in ((), 0.003 / 0.25), (("model.width=1.0",), 0.003), (("optim.base_lr=0.001",), 0.001 / 0.25):
+        assert compose_config("model=ssd_mobilenet_v1", "data.batch_size_per_device=8", *given).optim.optimizer.lr == lr
+
+
 def test_calc_is_arithmetic_and_nothing_else() -> None:
     assert calc("0.016 * 2048 / 256") == pytest.approx(0.128)
     assert calc("-(2 + 3) // 2") == -3 and isinstance(calc("64 * 2"), int)
