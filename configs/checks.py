@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 import condconv
 from condconv.routing import ROUTINGS
+from configs.arguments import accepted
 from configs.messages import UserError, did_you_mean
 
 MOST_EXPERTS = 1024
@@ -39,6 +41,7 @@ def check_train(cfg: DictConfig) -> None:
     check_complete(cfg)
     without_regularization(cfg)
     check_no_secrets(cfg)
+    check_arguments(cfg)
     check_condconv(cfg.condconv)
     for key in ("task.label_smoothing", "model.drop_rate", "model.drop_path_rate"):
         _number(cfg, key, "at least 0 and below 1", lambda x: 0 <= x < 1)
@@ -165,6 +168,32 @@ def check_no_secrets(cfg: DictConfig) -> None:
                 walk(value, path)
 
     walk(OmegaConf.to_container(cfg, resolve=True), "")
+
+
+def check_arguments(cfg: DictConfig) -> None:
+    """What a config builds takes all that is set for it.
+
+    An experiment sets values of the data it was written for; Hydra puts them into any other data just as well.
+    """
+    chosen = HydraConfig.get().runtime.choices if HydraConfig.initialized() and cfg.resume is None else {}
+
+    def walk(node: Any, path: str) -> None:
+        if not isinstance(node, dict):
+            return
+        if isinstance(node.get("_target_"), str) and (known := accepted(node["_target_"])) is not None:
+            unknown = [f"{path}.{key}" for key in node if not key.startswith("_") and key not in known]
+            if unknown:
+                group = path.partition(".")[0]
+                name = f"{group}={chosen[group]}" if chosen.get(group) else node["_target_"]
+                setter = f"experiment={chosen['experiment']}" if chosen.get("experiment") else "a file"
+                raise UserError(
+                    f"{name} has no {', '.join(unknown)}, which {setter} or the command line sets. Choose another "
+                    f"{group}=, or leave out what does not go with it: {' '.join(f'~{key}' for key in unknown)}"
+                )
+        for key, value in node.items():
+            walk(value, f"{path}.{key}" if path else str(key))
+
+    walk(OmegaConf.to_container(cfg), "")
 
 
 def check_condconv(cfg: DictConfig) -> None:

@@ -12,6 +12,7 @@ from hydra.utils import get_class, get_method
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from configs.checks import check_arguments
 from configs.resolvers import calc
 from models import list_backbones
 from train import register_resolvers
@@ -67,6 +68,7 @@ def test_every_config_composes_and_resolves(config: str) -> None:
         assert key in REQUIRED, f"{config} leaves {key} open"
         OmegaConf.update(cfg, key, REQUIRED[key])
     plain = OmegaConf.to_container(cfg, resolve=True)
+    check_arguments(cfg)
     for target in targets(plain):
         get_method(target) if target.rpartition(".")[2].islower() else get_class(target)
 

@@ -46,6 +46,17 @@ TRAIN_MISTAKES = {
     "data set not downloaded": ("data=cifar10 data.root=/no/such/folder", "/no/such/folder", "download"),
     "wrong data.root of COCO": ("model=ssd_mobilenet_v1 data=coco data.root=/no/such", "/no/such", "data.root"),
     "no files of a COCO set": ("model=ssd_mobilenet_v1 data=coco_json", "data.train_images", "must be given"),
+    "data that an experiment is not for": (
+        "experiment=cifar10/reduced data=cifar10 data.root=/no/such",
+        "data=cifar10 has no data.num_classes, data.train_crop, ",
+        "experiment=cifar10/reduced",
+        "~data.num_classes ~data.train_crop",
+    ),
+    "argument that nothing has": (
+        "+trainer.max_epoch=3",
+        "trainer=auto has no trainer.max_epoch,",
+        "~trainer.max_epoch",
+    ),
     "boxes for a classifier": ("data=digit_scenes", "classifies images", "model=ssd_"),
     "images for a detector": ("model=ssd_mobilenet_v1 data=digits", "learns from boxes", "data=digit_scenes"),
     "augmentation misspelt": ("model=ssd_mobilenet_v1 data=coco data.root=. data.augment=sdd", "sdd", "flip"),
