@@ -20,6 +20,8 @@ TRAIN_MISTAKES = {
     "group misspelt": ("modle=resnet50", "no setting 'modle'", "Did you mean 'model'?"),
     "key misspelt": ("condconv.expert=4", "Did you mean 'condconv.experts'?"),
     "key without its group": ("experts=4", "Did you mean 'condconv.experts'?"),
+    "key of other data": ("data.root=/x", "no setting 'data.root' with the chosen data=", "cifar100", "data=imagenet"),
+    "argument that no file lists": ("optim.schedule.milestones=[30,60]", "plus sign", "+optim.schedule.milestones=..."),
     "no equals sign": ("efficientnet_b0", "Cannot read the argument 'efficientnet_b0'", "key=value"),
     "list without quotes": ("condconv.layers=[a=1]", "needs quotes", """'condconv.layers=["..."]'"""),
     "negative experts": ("condconv.experts=-1", "condconv.experts=-1", "whole number from 0"),
