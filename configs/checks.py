@@ -281,12 +281,14 @@ def check_choice(key: str, value: Any, choices: list[str]) -> None:
 
 
 def without_regularization(cfg: DictConfig) -> None:
-    """Set every regulariser that the config has to 0, where it asks for that."""
+    """Set every regulariser that the config has to 0, where it asks for that; and leave out mixup and cutmix."""
     if cfg.regularization:
         return
     for key in REGULARIZERS:
         if OmegaConf.select(cfg, key) is not None:
             OmegaConf.update(cfg, key, 0.0)
+    if OmegaConf.select(cfg, "task.batch_transform") is not None:  # of mixed images there is no train/top1 either
+        cfg.task.batch_transform = None
 
 
 def check_whole(cfg: DictConfig, key: str, smallest: int, prefix: str = "") -> None:

@@ -11,7 +11,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from configs.checks import check_classes, check_trainer
+from configs.checks import check_classes, check_trainer, without_regularization
 from configs.messages import UserError
 from configs.resolvers import register_resolvers
 from models.stopping import StopRequests, seconds
@@ -80,3 +80,15 @@ def test_the_time_limit_in_both_its_forms() -> None:
     for wrong in ("{hour: 3}", "3h"):
         with pytest.raises(ValueError, match=r"expected 'DD:HH:MM:SS', such as '00:03:30:00', or \{hours: 3\}"):
             seconds(composed(f"trainer.max_time={wrong}").trainer.max_time)
+
+
+def test_nothing_is_mixed_without_regularization() -> None:
+    """With mixed images there would be no train/top1, which debug=overfit is there to see."""
+    recipe = ("experiment=imagenet/modern_resnet18", "data.root=/x")
+    for given, kept in ((), True), (("debug=overfit",), False), (("regularization=false",), False):
+        cfg = composed(*recipe, *given)
+        without_regularization(cfg)
+        assert (cfg.task.batch_transform is not None) == (cfg.model.drop_rate > 0) == kept
+    detector = composed("model=ssd_mobilenet_v1", "regularization=false")
+    without_regularization(detector)
+    assert "batch_transform" not in detector.task
