@@ -239,7 +239,7 @@ def check_trainer(cfg: DictConfig) -> None:
         found = f"{gpus} GPU{'s' if gpus != 1 else ''}"
         raise UserError(
             f"trainer.devices={cfg.devices}, but this machine has {found}: use trainer.devices={max(gpus, 1)}. "
-            f"(Several processes on a CPU, for tests: trainer=ddp trainer.accelerator=cpu.)"
+            f"(Several processes on a CPU, for tests: trainer=ddp trainer.accelerator=cpu trainer.precision=32-true.)"
         )
 
 

@@ -71,7 +71,12 @@ TRAIN_MISTAKES = {
     ),
     "monitor misspelt": ("monitor=val/top_1", "monitor=val/top_1", "Choose one of: val/top1, val/top5, val/loss"),
     "no GPU": ("trainer=gpu", "no GPU", "trainer=cpu"),
-    "more devices than there are": ("trainer.devices=64", "trainer.devices=64", "this machine has"),
+    "more devices than there are": (
+        "trainer.devices=64",
+        "trainer.devices=64",
+        "this machine has",
+        "precision=32-true",
+    ),
     "no epochs": ("trainer.max_epochs=0", "trainer.max_epochs=0", "at least 1"),
     "precision misspelt": ("trainer.precision=half", "half", "16-mixed"),
     "negative learning rate": ("optim.lr=-0.1", "optim.lr=-0.1", "above 0"),
