@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import condconv
 from condconv.routing import ROUTINGS
+from condconv.upcycle import UPCYCLES
 from configs.arguments import accepted
 from configs.messages import UserError, did_you_mean
 
@@ -43,6 +44,7 @@ def check_train(cfg: DictConfig) -> None:
     check_no_secrets(cfg)
     check_arguments(cfg)
     check_condconv(cfg.condconv)
+    check_pretrained(cfg)
     for key in ("task.label_smoothing", "model.drop_rate", "model.drop_path_rate"):
         _number(cfg, key, "at least 0 and below 1", lambda x: 0 <= x < 1)
     for key in ("optim.lr", "optim.base_lr"):
@@ -209,6 +211,19 @@ def check_condconv(cfg: DictConfig) -> None:
         _number(cfg, key, "at least 0 and below 1", lambda x: 0 <= x < 1, prefix="condconv.")
     _number(cfg, "temperature", "a number above 0", lambda x: 0 < x < math.inf, prefix="condconv.")
     _number(cfg, "router_gain", "a number of at least 0", lambda x: 0 <= x < math.inf, prefix="condconv.")
+
+
+def check_pretrained(cfg: DictConfig) -> None:
+    """What starts from trained weights has some; a resumed run has its own, in its checkpoint."""
+    if cfg.resume is not None or cfg.pretrained is not None:
+        return
+    if cfg.condconv.experts and cfg.condconv.init in UPCYCLES:
+        raise UserError(
+            f"condconv.init={cfg.condconv.init} makes experts of a trained static network: add pretrained=... "
+            "(docs/weights.md), or leave it out to start from random weights."
+        )
+    if cfg.new_classifier:
+        raise UserError("new_classifier=true is for pretrained=...: without it all weights are random.")
 
 
 def check_seed(cfg: DictConfig) -> None:

@@ -89,6 +89,7 @@ TRAIN_MISTAKES = {
     "pattern without a match": ("model=timm model.arch=resnet18 model.pattern=nothing.*", "nothing.*"),
     "API key on the command line": ("+logger.wandb.api_key=abc", "looks like a secret", "wandb login"),
     "W&B mode misspelt": ("logger=wandb logger.wandb.mode=onlin", "onlin", "offline"),
+    "upcycling of nothing": ("condconv.init=upcycle", "condconv.init=upcycle", "add pretrained=..."),
     "resume from nothing": ("resume=no/such/run", "no/such/run", "not the folder of a run"),
 }
 

@@ -11,7 +11,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from configs.checks import check_classes, check_trainer, without_regularization
+from configs.checks import check_classes, check_pretrained, check_trainer, without_regularization
 from configs.messages import UserError
 from configs.resolvers import register_resolvers
 from models.stopping import StopRequests, seconds
@@ -92,3 +92,16 @@ def test_nothing_is_mixed_without_regularization() -> None:
     detector = composed("model=ssd_mobilenet_v1", "regularization=false")
     without_regularization(detector)
     assert "batch_transform" not in detector.task
+
+
+def test_upcycling_needs_trained_weights() -> None:
+    """Of random ones the experts would be nearly alike, and the run a fine-tuned one by its name alone."""
+    for init in ("upcycle", "upcycle_neutral"):
+        with pytest.raises(UserError, match=rf"condconv.init={init} makes experts of a trained .*: add pretrained="):
+            check_pretrained(composed(f"condconv.init={init}"))
+        for fine in ("pretrained=static.pth", "resume=outputs/run", "condconv.experts=0"):  # the last: its static twin
+            check_pretrained(composed(f"condconv.init={init}", fine))
+    with pytest.raises(UserError, match=r"new_classifier=true is for pretrained="):
+        check_pretrained(composed("new_classifier=true"))
+    check_pretrained(composed("new_classifier=true", "resume=outputs/run"))
+    check_pretrained(composed())
