@@ -51,6 +51,7 @@ def check_train(cfg: DictConfig) -> None:
         _number(cfg, key, "a number above 0", lambda x: 0 < x < math.inf)
     check_seed(cfg)
     check_trainer(cfg.trainer)
+    check_precision(cfg.trainer.precision, "weights of 16 bits lose the small steps of an optimiser")
     check_writable(Path(cfg.paths.run))
 
 
@@ -74,6 +75,7 @@ def check_eval(cfg: DictConfig) -> None:
     check_complete(cfg)
     check_seed(cfg)
     check_trainer(cfg.trainer)
+    check_precision(cfg.trainer.precision, "the mean loss and a detector's anchors would be rounded to 16 bits too")
     check_analysis(cfg)
 
 
@@ -233,7 +235,7 @@ def check_seed(cfg: DictConfig) -> None:
 
 
 def check_trainer(cfg: DictConfig) -> None:
-    """Lengths, precision, devices and the accelerator that this machine must have."""
+    """Lengths, devices and the accelerator that this machine must have."""
     for key in ("accumulate_grad_batches", "num_nodes", "check_val_every_n_epoch", "log_every_n_steps"):
         check_whole(cfg, key, 1, "trainer.")
     if cfg.max_steps == -1:
@@ -241,11 +243,6 @@ def check_trainer(cfg: DictConfig) -> None:
     else:
         check_whole(cfg, "max_steps", 1, "trainer.")
     check_choice("trainer.accelerator", cfg.accelerator, ["auto", "cpu", "gpu", "cuda", "mps", "tpu"])
-    if cfg.precision in ("16-true", "bf16-true"):
-        raise UserError(
-            f"trainer.precision={cfg.precision}: weights of 16 bits lose the small steps of an optimiser. Use "
-            f"trainer.precision={cfg.precision.removesuffix('true')}mixed, which computes in 16 bits all the same."
-        )
     check_whole(cfg, "devices", 1, "trainer.")
     gpus = torch.cuda.device_count()
     if cfg.accelerator in ("gpu", "cuda") and gpus == 0:
@@ -255,6 +252,15 @@ def check_trainer(cfg: DictConfig) -> None:
         raise UserError(
             f"trainer.devices={cfg.devices}, but this machine has {found}: use trainer.devices={max(gpus, 1)}. "
             f"(Several processes on a CPU, for tests: trainer=ddp trainer.accelerator=cpu trainer.precision=32-true.)"
+        )
+
+
+def check_precision(precision: str, reason: str) -> None:
+    """Not the whole module in 16 bits: Lightning rounds its buffers too, those of figures and anchors included."""
+    if precision in ("16-true", "bf16-true"):
+        raise UserError(
+            f"trainer.precision={precision}: {reason}. Use trainer.precision={precision.removesuffix('true')}mixed, "
+            "which computes in 16 bits all the same."
         )
 
 

@@ -11,7 +11,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from configs.checks import check_classes, check_pretrained, check_trainer, without_regularization
+from configs.checks import check_classes, check_eval, check_pretrained, check_train, without_regularization
 from configs.messages import UserError
 from configs.resolvers import register_resolvers
 from models.stopping import StopRequests, seconds
@@ -62,14 +62,14 @@ def test_classes_of_other_names() -> None:
         checked(NAMES, [*NAMES, "bus"])
 
 
-def test_weights_of_16_bits_are_refused() -> None:
-    ones = dict.fromkeys(("accumulate_grad_batches", "num_nodes", "check_val_every_n_epoch", "log_every_n_steps"), 1)
-    trainer = OmegaConf.create({**ones, "max_steps": 1, "accelerator": "cpu", "devices": 1, "precision": "64-true"})
-    check_trainer(trainer)
-    for precision in ("16", "bf16"):
-        trainer.precision = f"{precision}-true"
-        with pytest.raises(UserError, match=r"=16-true: .* Use trainer.precision=16-mixed|=bf16-true: .*=bf16-mixed"):
-            check_trainer(trainer)
+def test_networks_of_16_bits_are_refused(tmp_path: Path) -> None:
+    for check, name, reason in ((check_train, "train", "small steps"), (check_eval, "eval", "mean loss")):
+        given = ("trainer=cpu", f"paths.run={tmp_path}", *(["ckpt=last.ckpt"] if name == "eval" else []))
+        check(composed(*given, "trainer.precision=64-true", name=name))
+        for bits in ("16", "bf16"):
+            wrong = composed(*given, f"trainer.precision={bits}-true", name=name)
+            with pytest.raises(UserError, match=rf"={bits}-true: .*{reason}.* Use trainer.precision={bits}-mixed"):
+                check(wrong)
 
 
 def test_the_time_limit_in_both_its_forms() -> None:
