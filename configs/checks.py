@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 import condconv
 from condconv.routing import ROUTINGS
+from condconv.upcycle import UPCYCLES
+from configs.arguments import accepted
 from configs.messages import UserError, did_you_mean
 
 MOST_EXPERTS = 1024
@@ -39,13 +42,16 @@ def check_train(cfg: DictConfig) -> None:
     check_complete(cfg)
     without_regularization(cfg)
     check_no_secrets(cfg)
+    check_arguments(cfg)
     check_condconv(cfg.condconv)
+    check_pretrained(cfg)
     for key in ("task.label_smoothing", "model.drop_rate", "model.drop_path_rate"):
         _number(cfg, key, "at least 0 and below 1", lambda x: 0 <= x < 1)
     for key in ("optim.lr", "optim.base_lr"):
         _number(cfg, key, "a number above 0", lambda x: 0 < x < math.inf)
     check_seed(cfg)
     check_trainer(cfg.trainer)
+    check_precision(cfg.trainer.precision, "weights of 16 bits lose the small steps of an optimiser")
     check_writable(Path(cfg.paths.run))
 
 
@@ -69,6 +75,7 @@ def check_eval(cfg: DictConfig) -> None:
     check_complete(cfg)
     check_seed(cfg)
     check_trainer(cfg.trainer)
+    check_precision(cfg.trainer.precision, "the mean loss and a detector's anchors would be rounded to 16 bits too")
     check_analysis(cfg)
 
 
@@ -167,6 +174,32 @@ def check_no_secrets(cfg: DictConfig) -> None:
     walk(OmegaConf.to_container(cfg, resolve=True), "")
 
 
+def check_arguments(cfg: DictConfig) -> None:
+    """What a config builds takes all that is set for it.
+
+    An experiment sets values of the data it was written for; Hydra puts them into any other data just as well.
+    """
+    chosen = HydraConfig.get().runtime.choices if HydraConfig.initialized() and cfg.resume is None else {}
+
+    def walk(node: Any, path: str) -> None:
+        if not isinstance(node, dict):
+            return
+        if isinstance(node.get("_target_"), str) and (known := accepted(node["_target_"])) is not None:
+            unknown = [f"{path}.{key}" for key in node if not key.startswith("_") and key not in known]
+            if unknown:
+                group = path.partition(".")[0]
+                name = f"{group}={chosen[group]}" if chosen.get(group) else node["_target_"]
+                setter = f"experiment={chosen['experiment']}" if chosen.get("experiment") else "a file"
+                raise UserError(
+                    f"{name} has no {', '.join(unknown)}, which {setter} or the command line sets. Choose another "
+                    f"{group}=, or leave out what does not go with it: {' '.join(f'~{key}' for key in unknown)}"
+                )
+        for key, value in node.items():
+            walk(value, f"{path}.{key}" if path else str(key))
+
+    walk(OmegaConf.to_container(cfg), "")
+
+
 def check_condconv(cfg: DictConfig) -> None:
     """Experts, routing, backend and the rates of the `condconv` group."""
     experts = cfg.experts
@@ -182,6 +215,19 @@ def check_condconv(cfg: DictConfig) -> None:
     _number(cfg, "router_gain", "a number of at least 0", lambda x: 0 <= x < math.inf, prefix="condconv.")
 
 
+def check_pretrained(cfg: DictConfig) -> None:
+    """What starts from trained weights has some; a resumed run has its own, in its checkpoint."""
+    if cfg.resume is not None or cfg.pretrained is not None:
+        return
+    if cfg.condconv.experts and cfg.condconv.init in UPCYCLES:
+        raise UserError(
+            f"condconv.init={cfg.condconv.init} makes experts of a trained static network: add pretrained=... "
+            "(docs/weights.md), or leave it out to start from random weights."
+        )
+    if cfg.new_classifier:
+        raise UserError("new_classifier=true is for pretrained=...: without it all weights are random.")
+
+
 def check_seed(cfg: DictConfig) -> None:
     """Seeds are what numpy takes: 0 to 2^32 - 1."""
     if isinstance(cfg.seed, bool) or not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**32:
@@ -189,7 +235,7 @@ def check_seed(cfg: DictConfig) -> None:
 
 
 def check_trainer(cfg: DictConfig) -> None:
-    """Lengths, precision, devices and the accelerator that this machine must have."""
+    """Lengths, devices and the accelerator that this machine must have."""
     for key in ("accumulate_grad_batches", "num_nodes", "check_val_every_n_epoch", "log_every_n_steps"):
         check_whole(cfg, key, 1, "trainer.")
     if cfg.max_steps == -1:
@@ -197,11 +243,6 @@ def check_trainer(cfg: DictConfig) -> None:
     else:
         check_whole(cfg, "max_steps", 1, "trainer.")
     check_choice("trainer.accelerator", cfg.accelerator, ["auto", "cpu", "gpu", "cuda", "mps", "tpu"])
-    if cfg.precision in ("16-true", "bf16-true"):
-        raise UserError(
-            f"trainer.precision={cfg.precision}: weights of 16 bits lose the small steps of an optimiser. Use "
-            f"trainer.precision={cfg.precision.removesuffix('true')}mixed, which computes in 16 bits all the same."
-        )
     check_whole(cfg, "devices", 1, "trainer.")
     gpus = torch.cuda.device_count()
     if cfg.accelerator in ("gpu", "cuda") and gpus == 0:
@@ -210,7 +251,16 @@ def check_trainer(cfg: DictConfig) -> None:
         found = f"{gpus} GPU{'s' if gpus != 1 else ''}"
         raise UserError(
             f"trainer.devices={cfg.devices}, but this machine has {found}: use trainer.devices={max(gpus, 1)}. "
-            f"(Several processes on a CPU, for tests: trainer=ddp trainer.accelerator=cpu.)"
+            f"(Several processes on a CPU, for tests: trainer=ddp trainer.accelerator=cpu trainer.precision=32-true.)"
+        )
+
+
+def check_precision(precision: str, reason: str) -> None:
+    """Not the whole module in 16 bits: Lightning rounds its buffers too, those of figures and anchors included."""
+    if precision in ("16-true", "bf16-true"):
+        raise UserError(
+            f"trainer.precision={precision}: {reason}. Use trainer.precision={precision.removesuffix('true')}mixed, "
+            "which computes in 16 bits all the same."
         )
 
 
@@ -252,12 +302,14 @@ def check_choice(key: str, value: Any, choices: list[str]) -> None:
 
 
 def without_regularization(cfg: DictConfig) -> None:
-    """Set every regulariser that the config has to 0, where it asks for that."""
+    """Set every regulariser that the config has to 0, where it asks for that; and leave out mixup and cutmix."""
     if cfg.regularization:
         return
     for key in REGULARIZERS:
         if OmegaConf.select(cfg, key) is not None:
             OmegaConf.update(cfg, key, 0.0)
+    if OmegaConf.select(cfg, "task.batch_transform") is not None:  # of mixed images there is no train/top1 either
+        cfg.task.batch_transform = None
 
 
 def check_whole(cfg: DictConfig, key: str, smallest: int, prefix: str = "") -> None:

@@ -21,11 +21,12 @@ from hydra.errors import (
     OverrideParseException,
 )
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from configs import launch
+from configs.arguments import accepted
 from configs.memory import keep_freed_memory
 
 CONFIGS = Path(__file__).parent
@@ -97,17 +98,42 @@ def _explain_composition(error: ConfigCompositionException, config_name: str) ->
     known = known_keys(config_name)
     if key in known:
         return " ".join(str(part) for part in (error, error.__cause__) if part)
+    if "not override" in str(error) and _takes(config_name, *key.rpartition(".")[::2]):
+        return f"The config does not list {key}, so it takes a plus sign to add it: +{key}=..."
+    owners = _owners(key, config_name)
+    if owners:
+        return f"There is no setting {key!r} with the chosen {key.partition('.')[0]}=, but with {', '.join(owners)}."
     # A key of another group's file is likelier a wrong prefix than a wrong spelling: experts -> condconv.experts.
     same_ending = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
     hint = f"Did you mean {same_ending[0]!r}? " if same_ending else did_you_mean(key, known)
     return f"There is no setting {key!r}. {hint}`--help` lists the most useful ones, `--cfg job` all of them."
 
 
-def known_keys(config_name: str) -> list[str]:
+def _takes(config_name: str, parent: str, name: str) -> bool:
+    """What is built from the node `parent` takes an argument `name`."""
+    node = OmegaConf.select(_composed(config_name), parent)
+    target = node.get("_target_") if isinstance(node, DictConfig) else None
+    return target is not None and name in (accepted(target) or ())
+
+
+def _owners(key: str, config_name: str) -> list[str]:
+    """The choices of its group that have a setting: data.root is one of data=imagenet, not of data=digits."""
+    group, leaf = key.partition(".")[0], key.rpartition(".")[2]
+    files = sorted(path for path in (CONFIGS / group).glob("[!_]*.yaml") if path.stem != "as_trained")
+    if "." not in key or not any(f"{leaf}:" in path.read_text(encoding="utf-8") for path in files):
+        return []  # a wrong spelling: no need to compose them all
+    owners = []
+    for choice in [f"{group}={path.stem}" for path in files]:
+        try:
+            if key in known_keys(config_name, choice):
+                owners.append(choice)
+        except ConfigCompositionException:  # of a command that has no such group
+            continue
+    return owners
+
+
+def known_keys(config_name: str, *overrides: str) -> list[str]:
     """All settings of the default config, dotted, and the names of the groups."""
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = compose(config_name)
 
     def walk(node: DictConfig, prefix: str) -> Iterable[str]:
         for key in node:
@@ -118,7 +144,13 @@ def known_keys(config_name: str) -> list[str]:
 
     groups = [path.name for path in CONFIGS.iterdir() if path.is_dir() and not path.name.startswith("_")]
     groups.remove("wandb")  # sweeps in W&B's own form
-    return [*walk(cfg, ""), *groups]
+    return [*walk(_composed(config_name, *overrides), ""), *groups]
+
+
+def _composed(config_name: str, *overrides: str) -> DictConfig:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose(config_name, list(overrides))
 
 
 def report(error: BaseException, config_name: str = "train") -> None:

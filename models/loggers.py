@@ -6,6 +6,7 @@ wandb is imported when a W&B run is started and not before, so `logger=none` wor
 from __future__ import annotations
 
 import csv
+import netrc
 import os
 import socket
 import sys
@@ -30,6 +31,8 @@ SUMMARIES = {
     "speed/images_per_second": "mean,last",
     "speed/data_wait": "mean,last",
 }
+# W&B's own server has a new name in recent versions of wandb; a login may be saved under the one before.
+EARLIER_NAME = {"api.forge.coreweave.com": "api.wandb.ai"}
 
 
 class MetricsCsv(Logger):
@@ -141,8 +144,9 @@ class WandbRun(WandbLogger):
     Args:
         folder: the run's folder; W&B's files go to `<folder>/wandb`, and the run's id to `<folder>/wandb_id`, so that a
             resumed training continues the same W&B run.
-        mode: "auto" is online if there is an API key (environment, netrc) and the server can be reached, else offline;
-            "online" and "offline" as they say. The environment variable WANDB_MODE wins over "auto".
+        mode: "auto" is online if there is an API key (environment, netrc) and the server (WANDB_BASE_URL, or that of
+            `wandb login --host=...`) can be reached, else offline; "online" and "offline" as they say. The environment
+            variable WANDB_MODE wins over "auto".
     """
 
     ID_FILE = "wandb_id"
@@ -280,20 +284,40 @@ def choose_mode(wanted: str) -> tuple[str, str | None]:
         return wanted, None
     if os.environ.get("WANDB_MODE"):
         return os.environ["WANDB_MODE"], None
-    if not find_api_key():
-        return "offline", "not logged in: `wandb login`"
-    url = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    url = urlparse(server_url())
+    if not find_api_key(url.netloc):
+        return "offline", f"not logged in at {url.hostname}: `wandb login`"
     behind_proxy = any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
     if not behind_proxy and not _reachable(url.hostname or "", url.port or (443 if url.scheme == "https" else 80)):
         return "offline", f"no connection to {url.hostname}"
     return "online", None
 
 
-def find_api_key() -> str | None:
-    """The API key of the environment, or the one that `wandb login` saved for the server."""
+def server_url() -> str:
+    """Of W&B's server: the environment's, or what `wandb login --host=...` wrote into W&B's settings file."""
     import wandb
 
-    return os.environ.get("WANDB_API_KEY") or wandb.api.api_key
+    return os.environ.get("WANDB_BASE_URL") or str(wandb.setup().settings.base_url)
+
+
+def find_api_key(server: str) -> str | None:
+    """The API key of the environment, or the one that `wandb login` saved for the server (a host, perhaps a port).
+
+    W&B itself would tell it only by signing in (messages, settings rewritten): so its netrc file is read here.
+    """
+    import wandb
+
+    key: str | None = os.environ.get("WANDB_API_KEY") or wandb.setup().settings.api_key
+    places = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]  # the last one on Windows
+    file = next((path for place in places if (path := Path(place).expanduser()).is_file()), None)
+    if key or file is None:
+        return key
+    try:
+        saved = netrc.netrc(file)
+    except (netrc.NetrcParseError, OSError):  # nobody's login can be read from it, W&B's neither
+        return None
+    names = (server, server.partition(":")[0], EARLIER_NAME.get(server, server))
+    return next((found[2] for name in names if (found := saved.authenticators(name))), None)
 
 
 def _reachable(host: str, port: int, timeout_s: float = 3.0) -> bool:

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from types import FrameType, TracebackType
 from typing import Any
@@ -30,14 +30,14 @@ class StopRequests:
 
     Args:
         exit_code: of `Stopped` after a signal or the time limit; Ctrl-C has 130 as everywhere.
-        max_time: how long this process may train: "DD:HH:MM:SS", or a dictionary such as `{hours: 3}`; None for ever.
+        max_time: how long this process may train: "DD:HH:MM:SS", or a mapping such as `{hours: 3}`; None for ever.
             Each part of a resumed run has the whole time.
 
     Raises:
         ValueError: if `max_time` is neither.
     """
 
-    def __init__(self, exit_code: int, max_time: str | dict[str, float] | None = None) -> None:
+    def __init__(self, exit_code: int, max_time: str | Mapping[str, float] | None = None) -> None:
         self.exit_code = exit_code
         self.deferring = False
         self._deadline = None if max_time is None else time.monotonic() + seconds(max_time)
@@ -89,10 +89,10 @@ def describe(reason: int) -> str:
     return "Time limit (trainer.max_time)" if reason == TIME_LIMIT else signal.Signals(reason).name
 
 
-def seconds(duration: str | dict[str, float]) -> float:
+def seconds(duration: str | Mapping[str, float]) -> float:
     """A duration as Lightning writes them, "DD:HH:MM:SS" or the arguments of `timedelta`, in seconds."""
     try:
-        if isinstance(duration, dict):
+        if isinstance(duration, Mapping):  # in a config it is a DictConfig, which is no dict
             return timedelta(**duration).total_seconds()
         days, hours, minutes, rest = (int(part) for part in str(duration).split(":"))
         return timedelta(days=days, hours=hours, minutes=minutes, seconds=rest).total_seconds()

@@ -14,7 +14,12 @@ processes="${PROCESSES:-$("$python" -c 'import torch; print(max(1, torch.cuda.de
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 case " $* " in
     *" resume="*) arguments=("$@") ;;
-    *) arguments=(trainer=ddp "trainer.accelerator=${ACCELERATOR:-gpu}" "trainer.devices=$processes" "$@") ;;
+    *)
+        arguments=(trainer=ddp "trainer.accelerator=${ACCELERATOR:-gpu}" "trainer.devices=$processes")
+        # trainer=ddp computes in bf16-mixed, as GPUs should.
+        if [ "${ACCELERATOR:-gpu}" = cpu ]; then arguments+=(trainer.precision=32-true); fi
+        arguments+=("$@")
+        ;;
 esac
 exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$processes" \
     --signals-to-handle SIGTERM,SIGINT,SIGUSR1 train.py "${arguments[@]}"

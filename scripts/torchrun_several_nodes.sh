@@ -13,7 +13,10 @@ case " $* " in
     *" resume="*) arguments=("$@") ;;
     *)
         arguments=(trainer=ddp "trainer.accelerator=${ACCELERATOR:-gpu}" "trainer.devices=$processes"
-            "trainer.num_nodes=$NODES" "$@")
+            "trainer.num_nodes=$NODES")
+        # trainer=ddp computes in bf16-mixed, as GPUs should.
+        if [ "${ACCELERATOR:-gpu}" = cpu ]; then arguments+=(trainer.precision=32-true); fi
+        arguments+=("$@")
         ;;
 esac
 exec "$python" -m torch.distributed.run --nnodes "$NODES" --nproc-per-node "$processes" \

@@ -12,6 +12,7 @@ from hydra.utils import get_class, get_method
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from configs.checks import check_arguments
 from configs.resolvers import calc
 from models import list_backbones
 from train import register_resolvers
@@ -67,6 +68,7 @@ def test_every_config_composes_and_resolves(config: str) -> None:
         assert key in REQUIRED, f"{config} leaves {key} open"
         OmegaConf.update(cfg, key, REQUIRED[key])
     plain = OmegaConf.to_container(cfg, resolve=True)
+    check_arguments(cfg)
     for target in targets(plain):
         get_method(target) if target.rpartition(".")[2].islower() else get_class(target)
 
@@ -151,6 +153,11 @@ def test_learning_rates_are_scaled_by_the_global_batch() -> None:
     )
     assert scaled.batch_size == 2048 and scaled.optim.optimizer.lr == pytest.approx(0.016 * 2048 / 256)
     assert compose_config("optim.lr=0.5").optim.optimizer.lr == 0.5
+
+
+def test_the_rate_of_a_detector_follows_its_base_and_the_width() -> None:
+    for given, lr in ((), 0.003 / 0.25), (("model.width=1.0",), 0.003), (("optim.base_lr=0.001",), 0.001 / 0.25):
+        assert compose_config("model=ssd_mobilenet_v1", "data.batch_size_per_device=8", *given).optim.optimizer.lr == lr
 
 
 def test_calc_is_arithmetic_and_nothing_else() -> None:

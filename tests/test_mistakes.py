@@ -20,6 +20,8 @@ TRAIN_MISTAKES = {
     "group misspelt": ("modle=resnet50", "no setting 'modle'", "Did you mean 'model'?"),
     "key misspelt": ("condconv.expert=4", "Did you mean 'condconv.experts'?"),
     "key without its group": ("experts=4", "Did you mean 'condconv.experts'?"),
+    "key of other data": ("data.root=/x", "no setting 'data.root' with the chosen data=", "cifar100", "data=imagenet"),
+    "argument that no file lists": ("optim.schedule.milestones=[30,60]", "plus sign", "+optim.schedule.milestones=..."),
     "no equals sign": ("efficientnet_b0", "Cannot read the argument 'efficientnet_b0'", "key=value"),
     "list without quotes": ("condconv.layers=[a=1]", "needs quotes", """'condconv.layers=["..."]'"""),
     "negative experts": ("condconv.experts=-1", "condconv.experts=-1", "whole number from 0"),
@@ -46,6 +48,17 @@ TRAIN_MISTAKES = {
     "data set not downloaded": ("data=cifar10 data.root=/no/such/folder", "/no/such/folder", "download"),
     "wrong data.root of COCO": ("model=ssd_mobilenet_v1 data=coco data.root=/no/such", "/no/such", "data.root"),
     "no files of a COCO set": ("model=ssd_mobilenet_v1 data=coco_json", "data.train_images", "must be given"),
+    "data that an experiment is not for": (
+        "experiment=cifar10/reduced data=cifar10 data.root=/no/such",
+        "data=cifar10 has no data.num_classes, data.train_crop, ",
+        "experiment=cifar10/reduced",
+        "~data.num_classes ~data.train_crop",
+    ),
+    "argument that nothing has": (
+        "+trainer.max_epoch=3",
+        "trainer=auto has no trainer.max_epoch,",
+        "~trainer.max_epoch",
+    ),
     "boxes for a classifier": ("data=digit_scenes", "classifies images", "model=ssd_"),
     "images for a detector": ("model=ssd_mobilenet_v1 data=digits", "learns from boxes", "data=digit_scenes"),
     "augmentation misspelt": ("model=ssd_mobilenet_v1 data=coco data.root=. data.augment=sdd", "sdd", "flip"),
@@ -58,7 +71,12 @@ TRAIN_MISTAKES = {
     ),
     "monitor misspelt": ("monitor=val/top_1", "monitor=val/top_1", "Choose one of: val/top1, val/top5, val/loss"),
     "no GPU": ("trainer=gpu", "no GPU", "trainer=cpu"),
-    "more devices than there are": ("trainer.devices=64", "trainer.devices=64", "this machine has"),
+    "more devices than there are": (
+        "trainer.devices=64",
+        "trainer.devices=64",
+        "this machine has",
+        "precision=32-true",
+    ),
     "no epochs": ("trainer.max_epochs=0", "trainer.max_epochs=0", "at least 1"),
     "precision misspelt": ("trainer.precision=half", "half", "16-mixed"),
     "negative learning rate": ("optim.lr=-0.1", "optim.lr=-0.1", "above 0"),
@@ -71,6 +89,7 @@ TRAIN_MISTAKES = {
     "pattern without a match": ("model=timm model.arch=resnet18 model.pattern=nothing.*", "nothing.*"),
     "API key on the command line": ("+logger.wandb.api_key=abc", "looks like a secret", "wandb login"),
     "W&B mode misspelt": ("logger=wandb logger.wandb.mode=onlin", "onlin", "offline"),
+    "upcycling of nothing": ("condconv.init=upcycle", "condconv.init=upcycle", "add pretrained=..."),
     "resume from nothing": ("resume=no/such/run", "no/such/run", "not the folder of a run"),
 }
 

@@ -81,6 +81,23 @@ def test_a_job_writes_its_log_where_a_fresh_clone_has_a_folder(script: Path) -> 
     assert any(fnmatch(log.replace("%j", "7"), pattern) for pattern in ignored)
 
 
+@pytest.mark.parametrize("script", ["torchrun_one_node.sh", "torchrun_several_nodes.sh"])
+def test_torchrun_on_a_cpu_computes_in_32_bits(script: str, tmp_path: Path) -> None:
+    """trainer=ddp alone is for GPUs, whose 16 bits a CPU would only emulate."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho $@\n")
+    python.chmod(0o755)
+    variables = {**os.environ, "PYTHON": str(python), "PROCESSES": "2", "NODES": "2", "MASTER": "localhost:29500"}
+    for accelerator, precision in (("cpu", ["trainer.precision=32-true"]), ("gpu", [])):
+        run = ["bash", str(ROOT / "scripts" / script), "seed=2"]
+        environment = {**variables, "ACCELERATOR": accelerator}
+        done = subprocess.run(run, env=environment, capture_output=True, text=True, check=True)
+        _, _, words = done.stdout.partition("train.py ")
+        nodes = ["trainer.num_nodes=2"] if "several" in script else []
+        expected = ["trainer=ddp", f"trainer.accelerator={accelerator}", "trainer.devices=2", *nodes, *precision]
+        assert words.split() == [*expected, "seed=2"]
+
+
 @pytest.mark.slow
 def test_a_slurm_job_is_stopped_requeued_and_finished(tmp_path: Path) -> None:
     overrides = [*TINY, "data.batch_size_per_device=8", "trainer.accelerator=cpu", "trainer.precision=32-true"]
@@ -123,7 +140,7 @@ def test_torchrun_on_one_node_trains_and_goes_on(tmp_path: Path) -> None:
     run = tmp_path / "run"
     variables = {**os.environ, "PYTHON": sys.executable, "ACCELERATOR": "cpu", "PROCESSES": "2", "OMP_NUM_THREADS": "1"}
     script = str(ROOT / "scripts" / "torchrun_one_node.sh")
-    overrides = [*TINY, "data.batch_size_per_device=8", "trainer.precision=32-true", f"paths.run={run}"]
+    overrides = [*TINY, "data.batch_size_per_device=8", f"paths.run={run}"]
     for words, epochs in ((overrides, EPOCHS), ((f"resume={run}", f"trainer.max_epochs={EPOCHS + 1}"), EPOCHS + 1)):
         done = subprocess.run(["bash", script, *words], env=variables, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
 
-from configs.checks import check_classes, check_trainer
+from configs.checks import check_classes, check_eval, check_pretrained, check_train, without_regularization
 from configs.messages import UserError
+from configs.resolvers import register_resolvers
+from models.stopping import StopRequests, seconds
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 NAMES = ["cat", "dog", "owl"]
+
+
+def composed(*overrides: str, name: str = "train") -> DictConfig:
+    register_resolvers()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose(name, list(overrides))
 
 
 def checked(known: list[str], found: list[str], **data: Any) -> int:
@@ -51,11 +62,46 @@ def test_classes_of_other_names() -> None:
         checked(NAMES, [*NAMES, "bus"])
 
 
-def test_weights_of_16_bits_are_refused() -> None:
-    ones = dict.fromkeys(("accumulate_grad_batches", "num_nodes", "check_val_every_n_epoch", "log_every_n_steps"), 1)
-    trainer = OmegaConf.create({**ones, "max_steps": 1, "accelerator": "cpu", "devices": 1, "precision": "64-true"})
-    check_trainer(trainer)
-    for precision in ("16", "bf16"):
-        trainer.precision = f"{precision}-true"
-        with pytest.raises(UserError, match=r"=16-true: .* Use trainer.precision=16-mixed|=bf16-true: .*=bf16-mixed"):
-            check_trainer(trainer)
+def test_networks_of_16_bits_are_refused(tmp_path: Path) -> None:
+    for check, name, reason in ((check_train, "train", "small steps"), (check_eval, "eval", "mean loss")):
+        given = ("trainer=cpu", f"paths.run={tmp_path}", *(["ckpt=last.ckpt"] if name == "eval" else []))
+        check(composed(*given, "trainer.precision=64-true", name=name))
+        for bits in ("16", "bf16"):
+            wrong = composed(*given, f"trainer.precision={bits}-true", name=name)
+            with pytest.raises(UserError, match=rf"={bits}-true: .*{reason}.* Use trainer.precision={bits}-mixed"):
+                check(wrong)
+
+
+def test_the_time_limit_in_both_its_forms() -> None:
+    for given in ("{hours: 3}", "00:03:00:00"):
+        max_time = composed(f"trainer.max_time={given}").trainer.max_time
+        assert seconds(max_time) == 3 * 3600
+        StopRequests(75, max_time)
+    for wrong in ("{hour: 3}", "3h"):
+        with pytest.raises(ValueError, match=r"expected 'DD:HH:MM:SS', such as '00:03:30:00', or \{hours: 3\}"):
+            seconds(composed(f"trainer.max_time={wrong}").trainer.max_time)
+
+
+def test_nothing_is_mixed_without_regularization() -> None:
+    """With mixed images there would be no train/top1, which debug=overfit is there to see."""
+    recipe = ("experiment=imagenet/modern_resnet18", "data.root=/x")
+    for given, kept in ((), True), (("debug=overfit",), False), (("regularization=false",), False):
+        cfg = composed(*recipe, *given)
+        without_regularization(cfg)
+        assert (cfg.task.batch_transform is not None) == (cfg.model.drop_rate > 0) == kept
+    detector = composed("model=ssd_mobilenet_v1", "regularization=false")
+    without_regularization(detector)
+    assert "batch_transform" not in detector.task
+
+
+def test_upcycling_needs_trained_weights() -> None:
+    """Of random ones the experts would be nearly alike, and the run a fine-tuned one by its name alone."""
+    for init in ("upcycle", "upcycle_neutral"):
+        with pytest.raises(UserError, match=rf"condconv.init={init} makes experts of a trained .*: add pretrained="):
+            check_pretrained(composed(f"condconv.init={init}"))
+        for fine in ("pretrained=static.pth", "resume=outputs/run", "condconv.experts=0"):  # the last: its static twin
+            check_pretrained(composed(f"condconv.init={init}", fine))
+    with pytest.raises(UserError, match=r"new_classifier=true is for pretrained="):
+        check_pretrained(composed("new_classifier=true"))
+    check_pretrained(composed("new_classifier=true", "resume=outputs/run"))
+    check_pretrained(composed())

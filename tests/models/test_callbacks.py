@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +30,7 @@ from models.callbacks import (
 from models.callbacks.display import EpochLines, progress_bar
 from models.classification import ClassificationModule
 from models.ema import WeightAverage
-from models.loggers import MetricsCsv, WandbRun, choose_mode
+from models.loggers import MetricsCsv, WandbRun, choose_mode, find_api_key
 from models.optim import build_optimizer
 
 
@@ -344,10 +345,11 @@ def test_wandb_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_mode("online") == ("online", None)
     assert choose_mode("auto") == ("offline", None)  # WANDB_MODE of conftest.py
     monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.setattr("models.loggers.find_api_key", lambda: None)
+    monkeypatch.setenv("WANDB_BASE_URL", "https://api.wandb.ai")
+    monkeypatch.setattr("models.loggers.find_api_key", lambda server: None)
     mode, reason = choose_mode("auto")
     assert mode == "offline" and "wandb login" in reason
-    monkeypatch.setattr("models.loggers.find_api_key", lambda: "x" * 40)
+    monkeypatch.setattr("models.loggers.find_api_key", lambda server: "x" * 40)
     monkeypatch.setattr("models.loggers._reachable", lambda host, port: False)
     mode, reason = choose_mode("auto")
     assert mode == "offline" and "no connection to api.wandb.ai" in reason
@@ -355,6 +357,35 @@ def test_wandb_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_mode("auto") == ("online", None)
     with pytest.raises(ValueError, match=r"logger\.wandb\.mode=on"):
         WandbRun(".", mode="on")
+
+
+def test_the_server_that_wandb_login_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`wandb login --host=...` writes the address into a settings file, the key into netrc."""
+    wandb = pytest.importorskip("wandb")
+    (tmp_path / "settings").write_text("[default]\nbase_url = https://wandb.corp.example\n")
+    (tmp_path / "netrc").write_text(f"machine wandb.corp.example\n  login user\n  password {'k' * 40}\n")
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    asked = []
+    monkeypatch.setattr("models.loggers._reachable", lambda host, port: asked.append((host, port)) or True)
+    wandb.teardown()  # the settings file is read once for a process
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # wandb.api is deprecated
+            assert choose_mode("auto") == ("online", None)
+        assert asked == [("wandb.corp.example", 443)]
+        monkeypatch.setenv("WANDB_BASE_URL", "http://localhost:8080")
+        assert choose_mode("auto") == ("offline", "not logged in at localhost: `wandb login`")
+        (tmp_path / "netrc").write_text(f"machine localhost:8080\n  login user\n  password {'k' * 40}\n")
+        assert choose_mode("auto") == ("online", None) and asked[1:] == [("localhost", 8080)]
+        (tmp_path / "netrc").write_text("machine api.wandb.ai login user password key")
+        assert find_api_key("api.wandb.ai") == find_api_key("api.forge.coreweave.com") == "key"
+        (tmp_path / "netrc").write_text("machine\n")
+        assert choose_mode("auto")[0] == "offline"
+    finally:
+        wandb.teardown()
 
 
 def test_wandb_falls_back_when_the_server_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
