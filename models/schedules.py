@@ -5,16 +5,39 @@ One rule for all of them, that of the authors' `build_learning_rate` (tensorflow
 linear ramp `step / warmup_steps`. So the very first step has learning rate 0, and there may be a small jump where the
 ramp ends.
 
-The functions are used per optimiser step through `torch.optim.lr_scheduler.LambdaLR`. They hold no state: a resumed
-run needs only the step count, which LambdaLR saves.
+The functions are used per optimiser step through `StepSchedule`. They hold no state: a resumed run needs only the step
+count, which it saves.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch.optim.lr_scheduler import LambdaLR
 
 Schedule = Callable[[int], float]
 
 SCHEDULES = ("constant", "cosine", "exponential_staircase", "step")
+
+
+class StepSchedule(LambdaLR):
+    """Multiplies every group's rate by one schedule's factor.
+
+    From a checkpoint it takes over the step alone. torch restores the base rates and the present ones too, so that a
+    resumed run would have the old rates of what was changed in its config, and one that is made longer its old schedule
+    for one more step.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        base_rates = self.base_lrs
+        super().load_state_dict(state_dict)
+        self.base_lrs = base_rates
+        pairs = zip(base_rates, self.lr_lambdas, strict=True)
+        self._last_lr = [
+            rate * factor(self.last_epoch) for rate, factor in pairs
+        ]  # as `step` computes them, to the bit
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = rate
 
 
 def build_schedule(
