@@ -25,9 +25,11 @@ def position(trainer: Trainer, place: str) -> dict[str, Any]:
     """
     if place == BEFORE_VALIDATION and not is_epoch_complete(trainer):
         place = WITHIN_EPOCH
-    batches = trainer.fit_loop.epoch_loop.batch_progress.current
-    batch = 0 if place == BETWEEN_EPOCHS else batches.completed
-    return {"place": place, "epoch": trainer.fit_loop.epoch_progress.current.processed, "batch": batch}
+    epochs, batches = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.batch_progress.current
+    if place == BETWEEN_EPOCHS:
+        return {"place": place, "epoch": epochs.processed, "batch": 0}
+    # Not `processed`: an epoch in which max_steps ended the training counts as processed too.
+    return {"place": place, "epoch": epochs.started - 1, "batch": batches.completed}
 
 
 def is_epoch_complete(trainer: Trainer) -> bool:

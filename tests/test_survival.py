@@ -175,6 +175,24 @@ def test_stopped_in_a_validation_within_an_epoch(tmp_path: Path) -> None:
     assert_same_run(folder, expected)
 
 
+def test_a_longer_training_goes_on_in_the_epoch_that_max_steps_ended(tmp_path: Path) -> None:
+    """No image of that epoch is left out: at a constant rate the weights are those of a training of that length."""
+    expected, folder = tmp_path / "expected", tmp_path / "longer"
+    for each, steps in ((expected, 9), (folder, 6)):
+        each.mkdir()
+        overrides = [*TINY, BATCH, NEVER, "optim.schedule.name=constant", f"trainer.max_steps={steps}"]
+        assert run([*overrides, f"paths.run={each}"], each / "log") == [0], said(each)
+    saved = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(saved.replace("max_steps: 6\n", "max_steps: 9\n"))
+    assert run([f"resume={folder}"], folder / "log") == [0], said(folder)
+    found, wanted = (torch.load(each / "checkpoints" / "last.ckpt", weights_only=True) for each in (folder, expected))
+    assert found["run_state"]["position"] == {"place": "between batches", "epoch": 2, "batch": 1}
+    for key in ("global_step", "lr_schedulers"):
+        assert found[key] == wanted[key]
+    for name, value in wanted["state_dict"].items():
+        assert torch.equal(found["state_dict"][name], value), name
+
+
 @pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_starts_again(undisturbed: Path, tmp_path: Path) -> None:
     killed([*TINY, BATCH, NEVER], tmp_path, at_call("training_step", 2, kill))
