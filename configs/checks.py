@@ -46,6 +46,8 @@ def check_train(cfg: DictConfig) -> None:
         _number(cfg, key, "a number above 0", lambda x: 0 < x < math.inf)
     check_seed(cfg)
     check_trainer(cfg.trainer)
+    if cfg.trainer.limit_train_batches == 0:
+        raise UserError("trainer.limit_train_batches=0 leaves nothing to train on: use eval.py to evaluate alone.")
     check_writable(Path(cfg.paths.run))
 
 
