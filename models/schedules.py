@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch.optim.lr_scheduler import LambdaLR
 
 Schedule = Callable[[int], float]
@@ -62,7 +63,7 @@ def build_schedule(
             "step": `decay_rate ** (number of milestones passed)`, at least `min_factor`.
         steps_per_epoch: optimiser steps in an epoch; need not be whole (the authors: 1281167 / 2048) [seen].
         total_epochs: length of the training; only "cosine" depends on it.
-        warmup_epochs: length of the linear ramp from 0; 0 for none.
+        warmup_epochs: length of the linear ramp from 0; 0 for none. A warning if it is all of the training.
         milestones: epochs at which "step" decays, increasing.
         min_factor: lowest factor after the warm-up, 0 to 1.
 
@@ -89,7 +90,13 @@ def build_schedule(
         "exponential_staircase": lambda: _staircase(steps_per_epoch * decay_epochs, decay_rate, min_factor),
         "step": lambda: _milestones([epoch * steps_per_epoch for epoch in milestones], decay_rate, min_factor),
     }[name]()
-    return _with_warmup(decay, int(warmup_epochs * steps_per_epoch))
+    warmup_steps, total_steps = int(warmup_epochs * steps_per_epoch), round(steps_per_epoch * total_epochs)
+    if warmup_steps >= total_steps:
+        rank_zero_warn(
+            f"optim.schedule.warmup_epochs={warmup_epochs:g}, and the training has {total_epochs:g} epochs: its rate "
+            f"grows to the end, to {(total_steps - 1) / warmup_steps:.0%} of optim.lr. Set it lower for so short a one."
+        )
+    return _with_warmup(decay, warmup_steps)
 
 
 def _with_warmup(decay: Schedule, warmup_steps: int) -> Schedule:

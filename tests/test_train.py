@@ -198,10 +198,11 @@ def test_a_length_in_steps_and_a_start_from_a_run(commands: Commands) -> None:
 
 
 @pytest.mark.parametrize("preset", ["fast", "profile"])
-def test_debug_presets(preset: str, commands: Commands) -> None:
+def test_debug_presets(preset: str, commands: Commands, recwarn: pytest.WarningsRecorder) -> None:
     batches = {"fast": 2, "profile": 6}[preset]
     code, _, err = commands.train(*TINY, f"debug={preset}", f"trainer.limit_train_batches={batches}")
     assert code == 0, err
+    assert not any("warmup_epochs" in str(each.message) for each in recwarn.list), "so short on purpose"
     folder = only_run(commands)
     if preset == "profile":
         (trace,) = folder.glob("*.training_step.*.pt.trace.json")

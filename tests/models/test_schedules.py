@@ -89,6 +89,16 @@ def resumed(before: StepSchedule, now: StepSchedule) -> StepSchedule:
     return now
 
 
+def test_a_warm_up_that_leaves_nothing_is_warned_of(recwarn: pytest.WarningsRecorder) -> None:
+    build_schedule("cosine", steps_per_epoch=5, total_epochs=3, warmup_epochs=2)
+    build_schedule("cosine", steps_per_epoch=1, total_epochs=1)
+    assert not recwarn.list
+    for epochs, share in ((5, "56%"), (3, "93%")):
+        message = f"warmup_epochs={epochs}, and the training has 3 epochs: .* to {share} of optim.lr"
+        with pytest.warns(UserWarning, match=message):
+            build_schedule("cosine", steps_per_epoch=5, total_epochs=3, warmup_epochs=epochs)
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_resuming_gives_the_same_rates(name: str) -> None:
     schedule = build_schedule(name, steps_per_epoch=3, total_epochs=5, warmup_epochs=1, decay_epochs=1, milestones=[2])
