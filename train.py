@@ -7,18 +7,18 @@ from typing import Any
 
 import hydra
 import pytorch_lightning as pl
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch import nn
 
 from configs.checks import check_train
+from configs.claims import in_own_folder
 from configs.messages import EXIT_REQUEUE, run_as_command, run_job
 from configs.resolvers import register_resolvers
 from configs.results import RunRecord, model_size, recorded
 from configs.resuming import checkpoint_to_resume, resumed_config
-from configs.runs import adopt_normalization, plain, save_config
+from configs.runs import adopt_normalization, plain, save_config, typed
 from models.callbacks import FinalValidation, LastCheckpoint, SavedConfig, final_figures, print_training_results
 from models.pretrained import find_weights
 from models.stopping import StopRequests
@@ -32,15 +32,15 @@ def build_network(model: DictConfig, condconv: DictConfig, num_classes: int, **w
     return instantiate(model, _partial_=True, _convert_="all", **options, num_classes=num_classes)(**weights)
 
 
+@in_own_folder
 def train(cfg: DictConfig) -> dict[str, float]:
     """Train as the config says; returns the final figures by name (`val/top1`, `test/top1`, `train/loss`, ...).
 
     Raises:
         ValueError, OSError, RuntimeError: the config or the data cannot work; the message says what to do.
     """
-    given = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
     if cfg.resume is not None:
-        cfg = resumed_config(cfg.resume, given, cfg)
+        cfg = resumed_config(cfg.resume, typed(), cfg)
     check_train(cfg)
     weights, checkpoint = dict[str, Any](), checkpoint_to_resume(cfg.resume)
     if checkpoint is None and cfg.pretrained is not None:
@@ -61,7 +61,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     module.check_data(datamodule)
     callbacks = [c for c in instantiate(cfg.callbacks, _convert_="all").values() if c is not None]
     loggers = [logger for logger in instantiate(cfg.logger, _convert_="all").values() if logger is not None]
-    record = RunRecord(Path(cfg.paths.run), cfg.name, given, model_size(net, cfg.data.image_size))
+    record = RunRecord(Path(cfg.paths.run), cfg.name, typed(), model_size(net, cfg.data.image_size))
     callbacks += [SavedConfig(plain(cfg), record.note), FinalValidation()]
     with StopRequests(EXIT_REQUEUE, cfg.trainer.max_time) as requests:
         LastCheckpoint.obey(requests, callbacks)  # max_time: Lightning's timer would evaluate in the middle of an epoch

@@ -52,6 +52,8 @@ def check_train(cfg: DictConfig) -> None:
     check_seed(cfg)
     check_trainer(cfg.trainer)
     check_precision(cfg.trainer.precision, "weights of 16 bits lose the small steps of an optimiser")
+    if cfg.trainer.limit_train_batches == 0:
+        raise UserError("trainer.limit_train_batches=0 leaves nothing to train on: use eval.py to evaluate alone.")
     check_writable(Path(cfg.paths.run))
 
 

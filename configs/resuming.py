@@ -38,7 +38,7 @@ HARMLESS = (
     "trainer.plugins*",
     "trainer.max_epochs",
     "trainer.max_steps",
-    "trainer.max_time",
+    "trainer.max_time*",  # in words, or a mapping
     "trainer.limit_val_batches",
     "trainer.limit_test_batches",
     "trainer.check_val_every_n_epoch",
@@ -56,6 +56,8 @@ HARMLESS = (
 # Filled in by the data or by pretrained weights when the run began, or by the command itself.
 NOT_COMPARED = ("resume", "resume_force", "model.num_classes")
 FROM_WEIGHTS = ("data.normalize", "model.timm_options*")
+# Which optimiser it is: another one has no use for the state of this one.
+OPTIMIZER = ("optim.optimizer._target_", "optim.optimizer.name")
 
 
 def resumed_config(folder: str | Path, overrides: Sequence[str] = (), composed: DictConfig | None = None) -> DictConfig:
@@ -182,7 +184,7 @@ def check_changes(
     """Print how two configs differ; `groups` are those chosen on the command line, if all of it was composed for that.
 
     Raises:
-        UserError: if a difference is more than harmless, unless forced.
+        UserError: if a difference is more than harmless, unless forced; if it is another optimiser, forced or not.
     """
     before, after = _flat(saved), _flat(wanted)
     ignored = _not_compared(saved)
@@ -191,6 +193,12 @@ def check_changes(
     ]
     lines = {key: f"{key}: {before.get(key, '(absent)')} -> {after.get(key, '(absent)')}" for key in keys}
     serious = [key for key in keys if not _is_in(key, HARMLESS)]
+    other_optimizer = [lines[key] for key in keys if key in OPTIMIZER]
+    if force and other_optimizer:
+        raise UserError(
+            f"resume={folder}: {'; '.join(other_optimizer)}: it could not go on from the state of the run's optimiser. "
+            f"Start a new run; pretrained={folder / LAST} lets it begin with the weights of this one."
+        )
     if serious and not force:
         found = f"not the same training any more: {'; '.join(lines[key] for key in serious)}."
         if groups:  # perhaps these were not typed at all: they are what the command has without the run's other words
@@ -198,9 +206,11 @@ def check_changes(
             raise UserError(
                 f"resume={folder}: because of {chosen}= (a whole group) all of the command line is compared with the "
                 "run's: repeat it whole, or change single values (trainer.accelerator=gpu). Now it is "
-                f"{found} Start a new run, or add resume_force=true, which makes all of these changes."
+                f"{found} Start a new run"
+                + ("." if other_optimizer else ", or add resume_force=true, which makes all of these changes.")
             )
-        raise UserError(f"resume={folder}: {found} Leave them out, start a new run, or add resume_force=true.")
+        forced = " or start a new run." if other_optimizer else ", start a new run, or add resume_force=true."
+        raise UserError(f"resume={folder}: {found} Leave them out{forced}")
     for key in keys:
         print(f"resume: {lines[key]}" + ("  (forced)" if key in serious else ""))
 

@@ -28,6 +28,11 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
+def typed() -> list[str]:
+    """The overrides on the command line; none where a config was composed without one."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
 def save_config(config: dict[str, Any], folder: Path) -> Path:
     """Write the resolved config into a run's folder; a reader never sees half a file."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,8 +97,7 @@ def analysis_folder(cfg: DictConfig) -> Path:
 
 def adopt_normalization(cfg: DictConfig, normalization: str | None) -> None:
     """Normalise images as the pretrained weights need it, unless `data.normalize=` was given on the command line."""
-    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
-    if normalization is not None and not any(override.startswith("data.normalize=") for override in given):
+    if normalization is not None and not any(override.startswith("data.normalize=") for override in typed()):
         cfg.data.normalize = normalization
 
 
@@ -103,8 +107,7 @@ def choose_data(given: DictConfig, saved: DictConfig) -> DictConfig:
     Images of another data set are prepared as the network knows them, unless the command line says otherwise.
     """
     if given.get("_target_") is not None:
-        typed = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
-        typed_keys = {override.lstrip("+").partition("=")[0] for override in typed}
+        typed_keys = {override.lstrip("+").partition("=")[0] for override in typed()}
         for key in PREPARATION:
             if key in given and saved.get(key) not in (None, given[key]) and f"data.{key}" not in typed_keys:
                 print(f"as trained: data.{key}={saved[key]} (the data set's default is {given[key]})", flush=True)

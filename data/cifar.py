@@ -9,7 +9,7 @@ from torchvision import datasets
 
 from data.base import ImageDataModule
 from data.in_memory import RandomCropFlip, TensorImages
-from data.transforms import choice
+from data.transforms import choice, switch
 
 
 class Source(NamedTuple):
@@ -56,7 +56,7 @@ class TorchvisionDataModule(ImageDataModule):
         self.root = Path(root).expanduser()
         self.num_classes = SOURCES[dataset].num_classes
         self.download = download
-        self.augment = augment
+        self.augment = switch("augment (data.augment)", augment)
         self._is_prepared = False
         self._parts: dict[bool, Any] = {}
         self._class_names: tuple[str, ...] = ()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from data.base import ImageDataModule
 from data.in_memory import RandomAffine, TensorImages
+from data.transforms import switch
 
 
 class DigitsDataModule(ImageDataModule):
@@ -29,7 +30,7 @@ class DigitsDataModule(ImageDataModule):
 
     def __init__(self, *, augment: bool = True, **options: Any) -> None:
         super().__init__(**options)
-        self.augment = augment
+        self.augment = switch("augment (data.augment)", augment)
 
     def load(self, train: bool) -> TensorImages:
         images, labels = digits_of_part(train)

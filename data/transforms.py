@@ -71,6 +71,13 @@ def choice(what: str, value: str, allowed: Collection[str]) -> str:
     return value
 
 
+def switch(what: str, value: bool) -> bool:
+    """Returns `value` if it is true or false, else raises a ValueError: "randaugment", say, would count as true."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{what} is {value!r}; this data set has one augmentation, so choose true or false")
+    return value
+
+
 class EvalTransform:
     """The usual single-crop evaluation: shorter side to `floor(image_size / crop_fraction)`, then the centre crop.
 

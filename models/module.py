@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from models.ema import WeightAverage
-from models.schedules import Schedule
+from models.optim import keep_settings
+from models.schedules import Schedule, StepSchedule
 
 ScheduleMaker = Callable[..., Schedule]
 
@@ -84,14 +85,17 @@ class NetworkModule(pl.LightningModule):
         if self.optimizer is None:
             raise ValueError("This module was built for evaluation: it has no optimiser.")
         optimizer = self.optimizer(self.net)
+        keep_settings(optimizer)
         if self.schedule is None:
             return optimizer
         self.trainer.fit_loop.setup_data()  # which Lightning leaves for later where max_steps is given alone
         total_steps = self.trainer.estimated_stepping_batches
         steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         factor = self.schedule(steps_per_epoch=steps_per_epoch, total_epochs=total_steps / steps_per_epoch)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": StepSchedule(optimizer, factor), "interval": "step"},
+        }
 
 
 def floating_dtype(net: nn.Module) -> torch.dtype:

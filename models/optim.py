@@ -150,6 +150,25 @@ def build_optimizer(
     return _BUILDERS[name](groups, lr, options)
 
 
+def keep_settings(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimiser take over its state alone from a checkpoint: rates, decays and the like stay as it was built.
+
+    torch restores both, and a resumed run would go on with the old values of what was changed in its config.
+    """
+
+    def with_own_settings(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any] | None:
+        if len(saved["param_groups"]) != len(optimizer.param_groups):
+            return None  # of another network: torch says so
+        # What a new optimiser does not have in its groups (a step count, in some) is state.
+        groups = [
+            {**before, **own, "params": before["params"]}
+            for before, own in zip(saved["param_groups"], optimizer.param_groups, strict=True)
+        ]
+        return {**saved, "param_groups": groups}
+
+    optimizer.register_load_state_dict_pre_hook(with_own_settings)
+
+
 Groups = list[dict[str, Any]]
 
 

@@ -2,7 +2,7 @@
 
 Lightning saves its loops' counters at whatever point of a step a checkpoint is made, and guesses from them on loading
 what was done already; made at some points, it skips a validation or logs a step under another number (2.6). Here
-checkpoints for resuming are made at three places only, and the counters are written so that Lightning goes on exactly
+checkpoints for resuming are made at these places only, and the counters are written so that Lightning goes on exactly
 there. Tests compare resumed runs with uninterrupted ones bit for bit at every place.
 """
 
@@ -14,14 +14,27 @@ from pytorch_lightning import Trainer
 
 BETWEEN_BATCHES = "between batches"
 BEFORE_VALIDATION = "before validation"
+WITHIN_EPOCH = "before validation within an epoch"
 BETWEEN_EPOCHS = "between epochs"
 
 
 def position(trainer: Trainer, place: str) -> dict[str, Any]:
-    """`epoch` and `batch` come next (0-based); with `BEFORE_VALIDATION` all batches of the epoch are done."""
-    batches = trainer.fit_loop.epoch_loop.batch_progress.current
-    batch = 0 if place == BETWEEN_EPOCHS else batches.completed
-    return {"place": place, "epoch": trainer.fit_loop.epoch_progress.current.processed, "batch": batch}
+    """`epoch` and `batch` come next (0-based); with `BEFORE_VALIDATION` all batches of the epoch are done.
+
+    It becomes `WITHIN_EPOCH` if they are not: `trainer.val_check_interval`, or `trainer.max_steps` which ends here.
+    """
+    if place == BEFORE_VALIDATION and not is_epoch_complete(trainer):
+        place = WITHIN_EPOCH
+    epochs, batches = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.batch_progress.current
+    if place == BETWEEN_EPOCHS:
+        return {"place": place, "epoch": epochs.processed, "batch": 0}
+    # Not `processed`: an epoch in which max_steps ended the training counts as processed too.
+    return {"place": place, "epoch": epochs.started - 1, "batch": batches.completed}
+
+
+def is_epoch_complete(trainer: Trainer) -> bool:
+    """Whether the last batch that was trained on is the last of its epoch."""
+    return bool(trainer.fit_loop.epoch_loop._num_ready_batches_reached())
 
 
 def set_counters(loops: dict[str, Any], at: dict[str, Any]) -> None:
@@ -38,7 +51,7 @@ def set_counters(loops: dict[str, Any], at: dict[str, Any]) -> None:
     progress["current"].update(dict.fromkeys(progress["current"], at["batch"]))
     # One validation batch that was started and not finished is how Lightning says "validation has to be run".
     validation = fit["epoch_loop.val_loop.batch_progress"]
-    begun = int(at["place"] == BEFORE_VALIDATION)
+    begun = int(at["place"] in (BEFORE_VALIDATION, WITHIN_EPOCH))
     for counters in (validation["total"], validation["current"]):
         counters.update(ready=begun, started=begun, processed=0, completed=0)
     validation["is_last_batch"] = False

@@ -5,16 +5,40 @@ One rule for all of them, that of the authors' `build_learning_rate` (tensorflow
 linear ramp `step / warmup_steps`. So the very first step has learning rate 0, and there may be a small jump where the
 ramp ends.
 
-The functions are used per optimiser step through `torch.optim.lr_scheduler.LambdaLR`. They hold no state: a resumed
-run needs only the step count, which LambdaLR saves.
+The functions are used per optimiser step through `StepSchedule`. They hold no state: a resumed run needs only the step
+count, which it saves.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
+
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+from torch.optim.lr_scheduler import LambdaLR
 
 Schedule = Callable[[int], float]
 
 SCHEDULES = ("constant", "cosine", "exponential_staircase", "step")
+
+
+class StepSchedule(LambdaLR):
+    """Multiplies every group's rate by one schedule's factor.
+
+    From a checkpoint it takes over the step alone. torch restores the base rates and the present ones too, so that a
+    resumed run would have the old rates of what was changed in its config, and one that is made longer its old schedule
+    for one more step.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        base_rates = self.base_lrs
+        super().load_state_dict(state_dict)
+        self.base_lrs = base_rates
+        pairs = zip(base_rates, self.lr_lambdas, strict=True)
+        self._last_lr = [
+            rate * factor(self.last_epoch) for rate, factor in pairs
+        ]  # as `step` computes them, to the bit
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = rate
 
 
 def build_schedule(
@@ -39,7 +63,7 @@ def build_schedule(
             "step": `decay_rate ** (number of milestones passed)`, at least `min_factor`.
         steps_per_epoch: optimiser steps in an epoch; need not be whole (the authors: 1281167 / 2048) [seen].
         total_epochs: length of the training; only "cosine" depends on it.
-        warmup_epochs: length of the linear ramp from 0; 0 for none.
+        warmup_epochs: length of the linear ramp from 0; 0 for none. A warning if it is all of the training.
         milestones: epochs at which "step" decays, increasing.
         min_factor: lowest factor after the warm-up, 0 to 1.
 
@@ -66,7 +90,13 @@ def build_schedule(
         "exponential_staircase": lambda: _staircase(steps_per_epoch * decay_epochs, decay_rate, min_factor),
         "step": lambda: _milestones([epoch * steps_per_epoch for epoch in milestones], decay_rate, min_factor),
     }[name]()
-    return _with_warmup(decay, int(warmup_epochs * steps_per_epoch))
+    warmup_steps, total_steps = int(warmup_epochs * steps_per_epoch), round(steps_per_epoch * total_epochs)
+    if warmup_steps >= total_steps:
+        rank_zero_warn(
+            f"optim.schedule.warmup_epochs={warmup_epochs:g}, and the training has {total_epochs:g} epochs: its rate "
+            f"grows to the end, to {(total_steps - 1) / warmup_steps:.0%} of optim.lr. Set it lower for so short a one."
+        )
+    return _with_warmup(decay, warmup_steps)
 
 
 def _with_warmup(decay: Schedule, warmup_steps: int) -> Schedule:

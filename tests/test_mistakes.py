@@ -78,6 +78,7 @@ TRAIN_MISTAKES = {
         "precision=32-true",
     ),
     "no epochs": ("trainer.max_epochs=0", "trainer.max_epochs=0", "at least 1"),
+    "no batches": ("trainer.limit_train_batches=0", "limit_train_batches=0", "use eval.py to evaluate alone"),
     "precision misspelt": ("trainer.precision=half", "half", "16-mixed"),
     "negative learning rate": ("optim.lr=-0.1", "optim.lr=-0.1", "above 0"),
     "optimiser misspelt": ("optim.optimizer.name=adamv", "adamv", "adamw"),

@@ -139,9 +139,10 @@ def test_random_kill_points_on_two_processes(step: int, rank: int, undisturbed_p
         ["trainer.accumulate_grad_batches=2"],
         ["trainer.max_steps=9"],
         ["trainer.check_val_every_n_epoch=2"],  # and after the last epoch, the third
+        ["+trainer.val_check_interval=2"],
         ["optim=sgd", "model.drop_path_rate=0.3", "model=efficientnet_b0", "trainer.max_epochs=2"],
     ],
-    ids=["workers", "accumulation", "max_steps", "validations", "efficientnet"],
+    ids=["workers", "accumulation", "max_steps", "validations", "middles", "efficientnet"],
 )
 def test_killed_with_other_settings(extra: list[str], tmp_path: Path) -> None:
     expected, folder = tmp_path / "expected", tmp_path / "killed"
@@ -155,6 +156,41 @@ def test_killed_with_other_settings(extra: list[str], tmp_path: Path) -> None:
         killed(given, folder, before) if step == 4 else run(given, folder / "log", before=before)
     assert run([f"resume={folder}"], folder / "log") == [0], said(folder)
     assert_same_run(folder, expected)
+
+
+def test_stopped_in_a_validation_within_an_epoch(tmp_path: Path) -> None:
+    """The epoch is not over: its other batches come after the resume, and the validation is made once."""
+    expected, folder = tmp_path / "expected", tmp_path / "stopped"
+    for each in (expected, folder):
+        each.mkdir()
+    overrides = [*TINY, BATCH, NEVER, "trainer.max_epochs=2", "+trainer.val_check_interval=2"]
+    assert run([*overrides, f"paths.run={expected}"], expected / "log") == [0], said(expected)
+    before = at_call("validation_step", 2, send(signal.SIGTERM))  # its last batch, so this validation is complete
+    assert run([*overrides, f"paths.run={folder}"], folder / "log", before=before) == [EXIT_REQUEUE], said(folder)
+    assert "saved at step 2, epoch 1" in said(folder)
+    before = at_call("validation_step", 3, send(signal.SIGTERM))
+    assert run([f"resume={folder}"], folder / "log", before=before) == [EXIT_REQUEUE], said(folder)
+    assert "saved at step 6, epoch 2" in said(folder)
+    assert run([f"resume={folder}"], folder / "log") == [0], said(folder)
+    assert_same_run(folder, expected)
+
+
+def test_a_longer_training_goes_on_in_the_epoch_that_max_steps_ended(tmp_path: Path) -> None:
+    """No image of that epoch is left out: at a constant rate the weights are those of a training of that length."""
+    expected, folder = tmp_path / "expected", tmp_path / "longer"
+    for each, steps in ((expected, 9), (folder, 6)):
+        each.mkdir()
+        overrides = [*TINY, BATCH, NEVER, "optim.schedule.name=constant", f"trainer.max_steps={steps}"]
+        assert run([*overrides, f"paths.run={each}"], each / "log") == [0], said(each)
+    saved = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(saved.replace("max_steps: 6\n", "max_steps: 9\n"))
+    assert run([f"resume={folder}"], folder / "log") == [0], said(folder)
+    found, wanted = (torch.load(each / "checkpoints" / "last.ckpt", weights_only=True) for each in (folder, expected))
+    assert found["run_state"]["position"] == {"place": "between batches", "epoch": 2, "batch": 1}
+    for key in ("global_step", "lr_schedulers"):
+        assert found[key] == wanted[key]
+    for name, value in wanted["state_dict"].items():
+        assert torch.equal(found["state_dict"][name], value), name
 
 
 @pytest.mark.slow

@@ -151,6 +151,23 @@ def test_resume_goes_on_in_the_same_folder(commands: Commands) -> None:
     assert code == 1 and "not the same training any more" in err and "model.name: mobilenet_v1 -> resnet18" in err
 
 
+def test_a_longer_and_a_forced_resume_take_the_new_settings(commands: Commands) -> None:
+    """The optimiser's state is the run's, its rates and decays are the command's: what was printed is what is done."""
+    assert commands.train(*TINY).code == 0
+    folder = only_run(commands)
+    changes = ["trainer.max_epochs=2", "optim.lr=0.05", "optim.optimizer.weight_decay=0.7"]
+    code, _, err = commands.train(f"resume={folder}", *changes, "resume_force=true")
+    assert code == 0, err
+    saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    (optimizer,), (schedule,) = saved["optimizer_states"], saved["lr_schedulers"]
+    decays = {group["name"]: group["weight_decay"] for group in optimizer["param_groups"]}
+    assert decays["weight"] == decays["expert"] == 0.7 and decays["norm"] == 0
+    assert all(group["initial_lr"] == 0.05 for group in optimizer["param_groups"])
+    assert set(schedule["base_lrs"]) == {0.05} and schedule["last_epoch"] == 6
+    (first,) = (row for row in read_metrics(folder) if row["step"] == "3" and row["lr-AdamW/expert"])
+    assert float(first["lr-AdamW/expert"]) == pytest.approx(0.05 / 2)  # halfway down the cosine of two epochs
+
+
 def test_a_sweep_makes_one_folder_for_each_job(commands: Commands) -> None:
     overrides = [*TINY, "condconv.experts=0,1", "debug=fast", "callbacks=none", "launcher=in_process"]
     code, _, err = commands.train("-m", *overrides)
@@ -181,10 +198,11 @@ def test_a_length_in_steps_and_a_start_from_a_run(commands: Commands) -> None:
 
 
 @pytest.mark.parametrize("preset", ["fast", "profile"])
-def test_debug_presets(preset: str, commands: Commands) -> None:
+def test_debug_presets(preset: str, commands: Commands, recwarn: pytest.WarningsRecorder) -> None:
     batches = {"fast": 2, "profile": 6}[preset]
     code, _, err = commands.train(*TINY, f"debug={preset}", f"trainer.limit_train_batches={batches}")
     assert code == 0, err
+    assert not any("warmup_epochs" in str(each.message) for each in recwarn.list), "so short on purpose"
     folder = only_run(commands)
     if preset == "profile":
         (trace,) = folder.glob("*.training_step.*.pt.trace.json")

@@ -15,7 +15,7 @@ from pytorch_lightning.plugins.environments import LightningEnvironment
 from models.callbacks.resuming import ExactResume
 from models.checkpoint_files import save
 from models.ema import WeightAverageCallback
-from models.progress import BEFORE_VALIDATION, BETWEEN_BATCHES, BETWEEN_EPOCHS, position
+from models.progress import BEFORE_VALIDATION, BETWEEN_BATCHES, BETWEEN_EPOCHS, is_epoch_complete, position
 from models.stopping import Agreement, Stopped, StopRequests, describe
 
 
@@ -127,8 +127,10 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         stop, _ = self._ask(trainer, now=True)  # after the last validation no epoch starts that would ask
-        if self._saved != (trainer.global_step, BETWEEN_EPOCHS):
-            self._save(trainer, BETWEEN_EPOCHS)
+        # max_steps may end an epoch in its middle, and a longer training goes on with its other batches.
+        place = BETWEEN_EPOCHS if is_epoch_complete(trainer) else BETWEEN_BATCHES
+        if self._saved != (trainer.global_step, place):
+            self._save(trainer, place)
         self._leave()
         self._stop(trainer, stop, "after the last epoch")
 

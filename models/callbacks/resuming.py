@@ -79,6 +79,10 @@ class ExactResume(Callback):
         restore_metrics(pl_module, mine["metrics"])
         set_random_state(mine["rng"], pl_module.device)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._loaded is not None:  # where a validation within an epoch is due, Lightning miscounts the resumed step
+            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._loaded is not None and self._loaded["position"]["place"] == BEFORE_VALIDATION:
             # No training step of this process has told Lightning of these figures.

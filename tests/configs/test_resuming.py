@@ -46,6 +46,8 @@ def test_harmless_changes_pass_and_are_listed(folder: Path, capsys: pytest.Captu
     assert cfg.trainer.max_epochs == 50 and cfg.data.num_workers == 3 and cfg.resume == str(folder)
     said = capsys.readouterr().out
     assert "resume: trainer.max_epochs: 25 -> 50\n" in said and said.count("resume: ") == len(changes)
+    assert resume(folder, "trainer.max_time={hours: 5}").trainer.max_time == {"hours": 5}
+    capsys.readouterr()
     resume(folder)
     assert capsys.readouterr().out == ""
 
@@ -114,8 +116,17 @@ def test_a_run_without_regularization_may_be_repeated(folder: Path) -> None:
 
 def test_a_group_may_be_changed_by_force(folder: Path) -> None:
     with pytest.raises(UserError, match="resume_force=true"):
-        resume(folder, *SMALL, "optim=sgd")
-    assert resume(folder, *SMALL, "optim=sgd", "resume_force=true").optim.optimizer.name == "sgd"
+        resume(folder, *SMALL, "condconv=default", "condconv.experts=3")
+    assert resume(folder, *SMALL, "condconv=default", "condconv.experts=3", "resume_force=true").condconv.experts == 3
+
+
+def test_another_optimiser_is_refused_by_force_too(folder: Path) -> None:
+    """It could not use the state in the checkpoint, so nobody is told to force it."""
+    for words in ([*SMALL, "optim=sgd"], ["optim.optimizer.name=adam", "optim.optimizer.weight_decay=0"]):
+        with pytest.raises(UserError, match=r"optim\.optimizer\.name: adamw -> .*[Ss]tart a new run\.$"):
+            resume(folder, *words)
+        with pytest.raises(UserError, match=r"name: adamw -> .*optimiser\. Start a new run; pretrained=.*last\.ckpt"):
+            resume(folder, *words, "resume_force=true")
 
 
 def test_a_group_alone_is_refused_with_what_to_do(folder: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from torchvision import datasets
 
 from data.cifar import TorchvisionDataModule
+from data.digits import DigitsDataModule
 
 
 @pytest.fixture
@@ -149,3 +150,11 @@ def test_unreachable_download_says_what_to_do(tmp_path, monkeypatch, dataset):
 def test_unknown_data_set():
     with pytest.raises(ValueError, match=r"unknown data set 'cifar'; choose one of cifar10, cifar100, fashion_mnist"):
         TorchvisionDataModule("x", dataset="cifar")
+
+
+def test_an_augmentation_of_other_data_is_refused():
+    """experiment=imagenet/modern_... with data=cifar10 sets randaugment, which is true in Python."""
+    for make in (lambda augment: TorchvisionDataModule("x", augment=augment), lambda a: DigitsDataModule(augment=a)):
+        with pytest.raises(ValueError, match=r"\(data.augment\) is 'randaugment'.*choose true or false"):
+            make("randaugment")
+        make(False)

@@ -18,7 +18,8 @@ class Trainer(SimpleNamespace):
     """What the callback looks at."""
 
     def __init__(self, epoch: int, step: int) -> None:
-        loop = SimpleNamespace(batch_progress=SimpleNamespace(current=SimpleNamespace(completed=0)))
+        progress = SimpleNamespace(current=SimpleNamespace(completed=0))
+        loop = SimpleNamespace(batch_progress=progress, _num_ready_batches_reached=lambda: True)
         super().__init__(
             current_epoch=epoch, global_step=step, fit_loop=SimpleNamespace(epoch_loop=loop), loggers=[],
             is_global_zero=True, world_size=1, strategy=None, accumulate_grad_batches=1,

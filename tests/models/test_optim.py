@@ -11,7 +11,7 @@ from torch import nn
 
 from condconv.layers import CondConv2d, CondLinear
 from condconv.routing import Router
-from models.optim import OPTIMIZERS, ROLES, build_optimizer, parameter_groups, parameter_roles
+from models.optim import OPTIMIZERS, ROLES, build_optimizer, keep_settings, parameter_groups, parameter_roles
 
 
 def small_net() -> nn.Module:
@@ -183,6 +183,28 @@ def test_state_survives_a_checkpoint(name: str, tmp_path: Any) -> None:
     step(net, optimizer, 1)
     step(other, resumed, 1)
     assert torch.equal(net.weight, other.weight)
+
+
+def test_a_checkpoint_brings_the_state_and_not_the_settings() -> None:
+    net = nn.Linear(3, 2)
+    before = build_optimizer(net, name="sgd", lr=0.5, momentum=0.9)
+    net(torch.ones(1, 3)).sum().backward()
+    before.step()
+    saved = before.state_dict()
+    saved["param_groups"][0]["counted"] = 7  # as some optimisers keep what is state
+    now = build_optimizer(net, name="sgd", lr=0.1, momentum=0.8, l2=0.3)
+    keep_settings(now)
+    now.load_state_dict(saved)
+    groups = {group["name"]: group for group in now.param_groups}
+    assert all((group["lr"], group["momentum"]) == (0.1, 0.8) for group in groups.values())
+    assert groups["weight"]["weight_decay"] == 0.3 and groups["bias"]["weight_decay"] == 0
+    assert groups["bias"]["counted"] == 7
+    for parameter in net.parameters():
+        assert torch.equal(now.state[parameter]["momentum_buffer"], before.state[parameter]["momentum_buffer"])
+    other = build_optimizer(nn.Linear(3, 2, bias=False), name="sgd", lr=0.1)
+    keep_settings(other)
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        other.load_state_dict(saved)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from models.schedules import SCHEDULES, build_schedule
+from models.optim import keep_settings
+from models.schedules import SCHEDULES, Schedule, StepSchedule, build_schedule
 
 IMAGES, BATCH = 1281167, 2048
 STEPS_PER_EPOCH = IMAGES / BATCH
@@ -67,29 +68,55 @@ def test_constant_with_warm_up() -> None:
     assert [schedule(step) for step in range(6)] == [0, 0.25, 0.5, 0.75, 1, 1]
 
 
+def scheduler(schedule: Schedule, rate: float = 0.5) -> StepSchedule:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
+    keep_settings(optimizer)
+    return StepSchedule(optimizer, schedule)
+
+
+def rates(lr_scheduler: StepSchedule, steps: int) -> list[float]:
+    seen = []
+    for _ in range(steps):
+        seen.append(lr_scheduler.optimizer.param_groups[0]["lr"])
+        lr_scheduler.optimizer.step()
+        lr_scheduler.step()
+    return seen
+
+
+def resumed(before: StepSchedule, now: StepSchedule) -> StepSchedule:
+    now.optimizer.load_state_dict(before.optimizer.state_dict())
+    now.load_state_dict(before.state_dict())
+    return now
+
+
+def test_a_warm_up_that_leaves_nothing_is_warned_of(recwarn: pytest.WarningsRecorder) -> None:
+    build_schedule("cosine", steps_per_epoch=5, total_epochs=3, warmup_epochs=2)
+    build_schedule("cosine", steps_per_epoch=1, total_epochs=1)
+    assert not recwarn.list
+    for epochs, share in ((5, "56%"), (3, "93%")):
+        message = f"warmup_epochs={epochs}, and the training has 3 epochs: .* to {share} of optim.lr"
+        with pytest.warns(UserWarning, match=message):
+            build_schedule("cosine", steps_per_epoch=5, total_epochs=3, warmup_epochs=epochs)
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_resuming_lambda_lr_gives_the_same_rates(name: str) -> None:
+def test_resuming_gives_the_same_rates(name: str) -> None:
     schedule = build_schedule(name, steps_per_epoch=3, total_epochs=5, warmup_epochs=1, decay_epochs=1, milestones=[2])
-
-    def scheduler() -> torch.optim.lr_scheduler.LambdaLR:
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-
-    def rates(lr_scheduler: torch.optim.lr_scheduler.LambdaLR, steps: int) -> list[float]:
-        seen = []
-        for _ in range(steps):
-            seen.append(lr_scheduler.optimizer.param_groups[0]["lr"])
-            lr_scheduler.optimizer.step()
-            lr_scheduler.step()
-        return seen
-
-    whole = rates(scheduler(), 15)
-    first = scheduler()
+    whole = rates(scheduler(schedule), 15)
+    first = scheduler(schedule)
     start = rates(first, 7)
-    second = scheduler()
-    second.load_state_dict(first.state_dict())
-    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    second = resumed(first, scheduler(schedule))
+    assert second.state_dict() == first.state_dict()
     assert start + rates(second, 8) == whole == [0.5 * schedule(step) for step in range(15)]
+
+
+def test_changed_rates_and_schedules_count_from_the_next_step() -> None:
+    """A training that was made longer, and one at another rate: nothing of the old schedule is left."""
+    short, long = (build_schedule("cosine", steps_per_epoch=3, total_epochs=epochs) for epochs in (2, 5))
+    first = scheduler(short)
+    rates(first, 6)
+    assert rates(resumed(first, scheduler(long)), 3) == [0.5 * long(step) for step in (6, 7, 8)]
+    assert rates(resumed(first, scheduler(long, rate=0.2)), 3) == [0.2 * long(step) for step in (6, 7, 8)]
 
 
 @pytest.mark.parametrize(
