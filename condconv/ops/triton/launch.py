@@ -130,7 +130,15 @@ def split(x, dtype: tl.constexpr):
 
 def matmul_precision(dtype: torch.dtype) -> str:
     """Precision of the convolution's products: exact for half types, IEEE for float32 unless the user allows TF32."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and _tf32_is_allowed() else "ieee"
+
+
+def _tf32_is_allowed() -> bool:
+    matmul = torch.backends.cuda.matmul
+    # Older settings write the newer one (torch 2.9) too; once that one was set, reading `allow_tf32` is an error.
+    if hasattr(matmul, "fp32_precision"):
+        return bool(matmul.fp32_precision == "tf32")
+    return bool(matmul.allow_tf32)
 
 
 def workspace_budget(workspace_bytes: int, device: torch.device) -> int:
