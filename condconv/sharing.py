@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from condconv.functional import channels_second
 
@@ -51,6 +52,9 @@ class RoutingUnit:
         self.successor: nn.Module | None = None
         self.incoming: Tensor | None = None
         self.incoming_without_grad = False
+        # Of the two hooks. Hooks are numbered by process: a handle that is unpickled raises torch's counter past its
+        # own number, without which the next hook of a loaded network would take the place of one of these.
+        self.handles: tuple[RemovableHandle, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         # Routing weights left by a forward pass that broke off are no state, and could not be copied with their graph.
@@ -86,8 +90,10 @@ def attach(module: nn.Module, unit: RoutingUnit) -> None:
     module.routing_unit = unit  # type: ignore[assignment]  # a plain object, not a submodule
     for name in filter(None, unit.layers):
         module.get_submodule(name).block = unit.name  # type: ignore[assignment]
-    module.register_forward_pre_hook(_enter, with_kwargs=True)
-    module.register_forward_hook(_leave, always_call=True)
+    unit.handles = (
+        module.register_forward_pre_hook(_enter, with_kwargs=True),
+        module.register_forward_hook(_leave, always_call=True),
+    )
 
 
 def detach(module: nn.Module) -> None:
@@ -96,11 +102,8 @@ def detach(module: nn.Module) -> None:
     for name in filter(None, unit.layers):
         module.get_submodule(name).block = None  # type: ignore[assignment]
     del module.routing_unit
-    for hooks, hook in ((module._forward_pre_hooks, _enter), (module._forward_hooks, _leave)):
-        for key in [key for key, registered in hooks.items() if registered is hook]:
-            del hooks[key]
-            for flags in (module._forward_pre_hooks_with_kwargs, module._forward_hooks_always_called):
-                flags.pop(key, None)
+    for handle in unit.handles:
+        handle.remove()
 
 
 def is_unit(module: nn.Module) -> bool:

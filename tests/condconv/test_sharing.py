@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -103,6 +105,31 @@ def test_pickle_and_state_dict_round_trips(routed: SmallNet, tmp_path: Path) -> 
             parameter.normal_()
     fresh.load_state_dict(torch.load(buffer, weights_only=True), strict=True)
     assert_close(fresh(x), before, "state dict")
+
+
+HOOKS_OF_OTHERS = """
+import sys, torch
+net, x, expected = torch.load(sys.argv[1], weights_only=False)
+for layer in net:
+    handles = [layer.register_forward_pre_hook(lambda *_: None), layer.register_forward_hook(lambda *_: None)]
+    assert torch.equal(net(x), expected)
+    for handle in handles:
+        handle.remove()
+assert torch.equal(net(x), expected)
+assert all(layer.routing is None for layer in net)
+"""
+
+
+def test_hooks_of_others_in_another_process_replace_none_of_a_pickled_network(tmp_path: Path) -> None:
+    """Torch numbers hooks anew in every process."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3))
+    convert(net, EXPERTS, blocks="*", routing="single")
+    x = images().float()
+    with torch.no_grad():
+        torch.save((net, x, net(x)), tmp_path / "net.pt")
+    command = [sys.executable, "-c", HOOKS_OF_OTHERS, str(tmp_path / "net.pt")]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
