@@ -3,7 +3,7 @@
 A *unit* is a module with one routing decision: a block whose CondConv layers share a router, or a lone CondConv layer.
 Two module-level hooks do the work. Before the unit runs, `_enter` computes routing weights from the unit's input and
 leaves them in the attribute `routing` of the unit's layers; after it, also after an exception, `_leave` takes
-them away.
+them away. (Not after a KeyboardInterrupt: the next forward pass replaces them, and copies are made without.)
 
 The hooks are plain functions and find everything through the module that they are called with, so a network survives
 deepcopy, pickling, DDP and export; a hook that closed over layers would keep feeding the layers of the original. The

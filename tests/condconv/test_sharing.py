@@ -247,6 +247,26 @@ def test_an_exception_leaves_no_routing_weights_behind(routed: SmallNet) -> None
     assert_close(routed(x), before, "after the exception")
 
 
+class Interrupted(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+
+def test_copies_are_made_after_an_interrupt(routed: SmallNet) -> None:
+    """Torch runs no hook then, not even those that run after an exception."""
+    block = routed.blocks[1][0]
+    x = images()
+    before = routed(x)
+    se, block.se = block.se, Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        routed(x)
+    block.se = se
+    assert_nothing_left(copy.deepcopy(routed))
+    assert_close(pickle.loads(pickle.dumps(routed))(x), before, "a copy")
+    assert_close(routed(x), before, "after the interrupt")
+    assert_nothing_left(routed)
+
+
 def test_layers_called_without_their_block_say_so() -> None:
     net = network()
     with pytest.raises(RuntimeError, match=r"of the block 'blocks\.0\.0'.*was not running"):
