@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +12,10 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from condconv.ops.triton.launch import matmul_precision
+import triton
+
+from condconv.ops.triton import dense, pointwise, pointwise_gradient
+from condconv.ops.triton.launch import matmul_precision, pruner
 
 NEWER_SETTING = hasattr(torch.backends.cuda.matmul, "fp32_precision")
 
@@ -43,3 +48,37 @@ def test_tf32_is_allowed_by_the_older_settings(monkeypatch: pytest.MonkeyPatch) 
     for allowed, precision in ((True, "tf32"), (False, "ieee")):  # torch 2.8 has no other
         monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=allowed))
         assert matmul_precision(torch.float32) == precision
+
+
+EXTENTS = {"ROWS": "rows", "COLUMNS": "columns", "INNER": "inner"}
+TILES = {
+    "pointwise product": pointwise.PRODUCT_TILES,
+    "pointwise gradient": pointwise_gradient.GRADIENT_TILES,
+    "dense product": dense.PRODUCT_TILES,
+    "dense gradient": dense.GRADIENT_TILES,
+}
+
+
+def fitting(tiles: Sequence[tuple[int, ...]], sizes: tuple[int, ...], dtype: torch.dtype) -> list[list[int]]:
+    """Rows, columns and summed elements of the tiles that are left for a problem of these sizes."""
+    configs = [triton.Config(dict(zip(EXTENTS, t, strict=False)), num_warps=t[3], num_stages=t[4]) for t in tiles]
+    arguments = {"source": torch.empty(1, dtype=dtype), **dict(zip(EXTENTS.values(), sizes, strict=True))}
+    return [list(config.kwargs.values()) for config in pruner(EXTENTS)(configs, arguments, PRECISION="ieee")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tiles", TILES.values(), ids=TILES)
+def test_every_problem_has_a_tile_that_fits(tiles: list[tuple[int, ...]], dtype: torch.dtype) -> None:
+    sizes = (1, 10, 16, 24, 32, 49, 192, 1024)
+    for problem in itertools.product(sizes, repeat=3):
+        for tile in fitting(tiles, problem, dtype):
+            rows, columns, _ = tile
+            assert all(block >= 16 for block in tile), "tl.dot takes no less"
+            assert all(block < 2 * max(size, 17) for block, size in zip(tile, problem, strict=True)), (tile, problem)
+            assert dtype != torch.float32 or rows * columns <= 64 * 64, (tile, problem)
+
+
+def test_where_no_tile_fits_the_smallest_stays() -> None:
+    assert fitting([(128, 64, 64, 4, 3), (64, 64, 64, 4, 3), (64, 128, 64, 4, 3)], (8, 8, 8), torch.float32) == [
+        [64, 64, 64]
+    ]
