@@ -150,7 +150,8 @@ def autotune(model: nn.Module, x: Tensor, *, cache: str | Path | None = None, re
     named = layer_problems(model, x)
     times: dict[Problem, dict[str, float]] = {}
     if not dist.is_initialized() or dist.get_rank() == 0:
-        with same_random_state(x.device):
+        # Times, the name of the GPU in the cache and tensors on "cuda" are those of the current GPU.
+        with torch.cuda.device_of(x), same_random_state(x.device):
             times = _measure_all([problem for _, problem in named], Path(cache or measuring.default_cache()), repeats)
     if dist.is_initialized():
         answer = [[times.get(problem) for _, problem in named]]

@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -161,6 +162,32 @@ def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match="cannot be written"):
         assert condconv.autotune(net(), torch.randn(2, 3, 5, 5), cache=tmp_path / "file" / "x.json", repeats=1).layers
+
+
+def test_the_gpu_of_the_input_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it is not the current one; here with a stand-in for the GPUs."""
+    current: list[torch.Tensor] = []
+
+    @contextmanager
+    def device_of(x: torch.Tensor) -> Iterator[None]:
+        current.append(x)
+        yield
+        current.pop()
+
+    def environment(device: str) -> str:
+        assert current == [x]
+        return "a GPU"
+
+    def measure(problem: Problem, repeats: int) -> Measurement:
+        assert current == [x]
+        return Measurement(problem, {"gemm": 1.0})
+
+    x = torch.randn(2, 3, 5, 5)
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(measuring, "environment", environment)
+    monkeypatch.setattr(measuring, "measure", measure)
+    assert condconv.autotune(net(), x, cache=tmp_path / "autotune.json").layers
+    assert not current
 
 
 def test_two_processes_keep_each_others_measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
