@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,34 +17,42 @@ import triton
 from condconv.ops.triton import dense, pointwise, pointwise_gradient
 from condconv.ops.triton.launch import matmul_precision, pruner
 
-NEWER_SETTING = hasattr(torch.backends.cuda.matmul, "fp32_precision")
+MATMUL = torch.backends.cuda.matmul
+NEWER_SETTING = hasattr(MATMUL, "fp32_precision")
+
+
+@pytest.fixture
+def nothing_is_set() -> Iterator[None]:
+    """No precision of products, neither before nor after: an older setting would go before the one for everything."""
+
+    def forget() -> None:
+        torch.set_float32_matmul_precision("highest")
+        if NEWER_SETTING:
+            MATMUL.fp32_precision = torch.backends.fp32_precision = "none"
+
+    forget()
+    yield
+    forget()
 
 
 @pytest.mark.skipif(not NEWER_SETTING, reason="fp32_precision came with torch 2.9")
-@pytest.mark.parametrize("owner", [torch.backends.cuda.matmul, torch.backends], ids=["matmul", "everywhere"])
+@pytest.mark.parametrize("owner", [MATMUL, torch.backends], ids=["matmul", "everywhere"])
+@pytest.mark.usefixtures("nothing_is_set")
 def test_tf32_is_allowed_by_the_newer_setting(owner: Any) -> None:
     assert matmul_precision(torch.float32) == "ieee"
-    try:
-        owner.fp32_precision = "tf32"
-        assert matmul_precision(torch.float32) == "tf32"
-        assert matmul_precision(torch.bfloat16) == "ieee"
-        owner.fp32_precision = "ieee"
-        assert matmul_precision(torch.float32) == "ieee"
-    finally:
-        owner.fp32_precision = "none"
+    owner.fp32_precision = "tf32"
+    assert matmul_precision(torch.float32) == "tf32"
+    assert matmul_precision(torch.bfloat16) == "ieee"
+    owner.fp32_precision = "ieee"
+    assert matmul_precision(torch.float32) == "ieee"
 
 
+@pytest.mark.usefixtures("nothing_is_set")
 def test_tf32_is_allowed_by_the_older_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("high")
-        assert matmul_precision(torch.float32) == "tf32"
-        torch.backends.cuda.matmul.allow_tf32 = False
-        assert matmul_precision(torch.float32) == "ieee"
-    finally:
-        torch.set_float32_matmul_precision(before)
-        if NEWER_SETTING:
-            torch.backends.cuda.matmul.fp32_precision = "none"
+    torch.set_float32_matmul_precision("high")
+    assert matmul_precision(torch.float32) == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = False
+    assert matmul_precision(torch.float32) == "ieee"
     for allowed, precision in ((True, "tf32"), (False, "ieee")):  # torch 2.8 has no other
         monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=allowed))
         assert matmul_precision(torch.float32) == precision
