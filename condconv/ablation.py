@@ -193,7 +193,8 @@ def evaluate_ablations(
         progress: called with the number of forward passes since the last call.
 
     Raises:
-        ValueError: the network has no router, or there are not even two images in a batch.
+        ValueError: the network has no router, one that runs several times in a forward pass, or there are not even two
+            images in a batch.
     """
     sums = {ablation: _Sums() for ablation in (None, *ablations)}
     count = 0

@@ -302,7 +302,8 @@ def record_routing(
     """While entered, every forward pass of the network adds to the statistics of each of its routers.
 
     Yields statistics by the name of the router's block or layer ("blocks.4.0", see `routers_of`); dropout on routing
-    weights is part of what is recorded, so use it in eval mode for undisturbed figures.
+    weights is part of what is recorded, so use it in eval mode for undisturbed figures. A router that runs several
+    times in a pass, for layers that share it, counts every image as often.
 
     Args:
         model: the network.

@@ -125,12 +125,17 @@ def collapse(model: nn.Module, routing: Routing | Mapping[str, Routing]) -> Coll
         The layers with their routing weights and cost; `print` it.
 
     Raises:
-        ValueError: no CondConv layer, a layer without routing weights, or weights of another number of experts. The
-            network is then unchanged.
+        ValueError: no CondConv layer, a layer without routing weights or with weights of another number of experts, or
+            one without a router, to which the network itself passes routing weights. The network is then unchanged.
     """
     layers = _cond_layers(model)
     chosen: dict[str, Routing] = {}
     for name, layer in layers.items():
+        if layer.router is None and layer.block is None and not is_unit(layer):
+            raise ValueError(
+                f"{name} has no router, so the network itself calls it with routing weights, which a static layer does "
+                "not take"
+            )
         if isinstance(routing, Mapping):
             if name not in routing:
                 raise ValueError(f"no routing weights are given for {name}")

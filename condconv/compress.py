@@ -19,7 +19,7 @@ from condconv.functional import (
     check_positions,
 )
 from condconv.layers import CondConv2d, CondLinear, _CondLayer
-from condconv.ops.compressed import CONVOLUTIONS, EXPERT_DTYPES, compressed_conv2d, encode, pack, unpack
+from condconv.ops.compressed import CONVOLUTIONS, EXPERT_DTYPES, SINGLE, compressed_conv2d, encode, pack, unpack
 from condconv.ops.operator import needs_plain_torch
 from condconv.ops.registry import AUTO
 
@@ -61,10 +61,10 @@ def compress_experts(model: nn.Module, expert_dtype: str = "int8") -> nn.Module:
 def _check_layer(name: str, layer: _CondLayer) -> None:
     if isinstance(layer, CompressedLayer):
         raise ValueError(f"The experts of {name} are compressed already ({layer.expert_dtype}).")
-    if layer.backend != AUTO and layer.backend not in CONVOLUTIONS:
+    if layer.backend not in (AUTO, SINGLE, *CONVOLUTIONS):
         raise ValueError(
             f"{name} has backend={layer.backend!r}, which cannot read compressed experts: build the network with "
-            f"backend={AUTO!r} or one of {', '.join(CONVOLUTIONS)}."
+            f"backend={AUTO!r} or one of {', '.join((SINGLE, *CONVOLUTIONS))}."
         )
     if not layer.weight.isfinite().all():
         raise ValueError(f"{name} has weights that are not finite, so they have no scale.")

@@ -88,6 +88,9 @@ def convert(
 ) -> Conversion:
     """Replace layers of `model` by CondConv layers of `num_experts` experts, in place.
 
+    A converted network runs one forward pass at a time, since a block's layers find its routing weights in attributes.
+    A second thread in the same block gets a RuntimeError: let threads take turns, or give each a `copy.deepcopy`.
+
     Args:
         model: any network made of nn.Conv2d and nn.Linear (timm's Conv2dSame is understood, other subclasses are not).
         num_experts: experts of every layer, at least 1.

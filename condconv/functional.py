@@ -158,7 +158,8 @@ def condconv2d(
         x: Input `[N, C, H, W]`, contiguous or channels last; float64, float32, bfloat16 or float16. N may be 0.
         routing_weights: `[N, E]`, any real numbers. Mixing is done in float32, also under autocast and for half
             precision. On CUDA it is a product like any other (but in the Triton kernels): where TF32 is allowed
-            (`torch.backends.cuda.matmul.allow_tf32`, off by default), its factors are rounded to that.
+            (`torch.backends.cuda.matmul.fp32_precision = "tf32"`, before torch 2.9 `allow_tf32`; off by default), its
+            factors are rounded to that.
         weight: Expert kernels `[E, K, C / groups, R, S]`.
         bias: Expert biases `[E, K]`, mixed like the kernels, or None.
         stride: As in `torch.nn.functional.conv2d`.

@@ -77,6 +77,11 @@ class _CondLayer(nn.Module):
 
         return super()._apply(convert, recurse)  # type: ignore[no-untyped-call]
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Torch calls no hook after a KeyboardInterrupt or SystemExit. What the block's hook left here then is no state,
+        # and with its graph could not be copied.
+        return {**self.__dict__, "routing": None}
+
     def _routing_weights(self, x: Tensor, routing_weights: Tensor | None) -> Tensor:
         if routing_weights is not None:
             return routing_weights

@@ -3,7 +3,8 @@
 A router pools its input over space and maps the pooled channels to `[N, E]`. Everything after the pooling runs in
 float32, also under autocast and for half-precision networks: routing weights multiply whole kernels, and a rounded
 sigmoid saturates early. On CUDA the linear maps are products like any other: where TF32 is allowed
-(`torch.backends.cuda.matmul.allow_tf32`, off by default), their factors are rounded to that.
+(`torch.backends.cuda.matmul.fp32_precision = "tf32"`, before torch 2.9 `allow_tf32`; off by default), their factors are
+rounded to that.
 """
 
 from __future__ import annotations

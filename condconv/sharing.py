@@ -3,24 +3,44 @@
 A *unit* is a module with one routing decision: a block whose CondConv layers share a router, or a lone CondConv layer.
 Two module-level hooks do the work. Before the unit runs, `_enter` computes routing weights from the unit's input and
 leaves them in the attribute `routing` of the unit's layers; after it, also after an exception, `_leave` takes
-them away.
+them away. (Not after a KeyboardInterrupt: the next forward pass replaces them, and copies are made without.)
 
 The hooks are plain functions and find everything through the module that they are called with, so a network survives
 deepcopy, pickling, DDP and export; a hook that closed over layers would keep feeding the layers of the original. The
 one reference between units (`RoutingUnit.successor`, for routing functions that span the network) is an attribute of a
 plain object: no submodule, so it adds no keys, and deepcopy and pickle map it like everything else.
 
-A network is not reentrant: one forward pass at a time, as always with modules that keep state in attributes.
+A network runs one forward pass at a time. Its state is in attributes, so a second thread would make the first one's
+layers mix by the routing weights of another batch: it is refused instead, by marks of the thread that a unit runs in
+and of the one that left routing weights for the next unit. Code that torch.compile traces carries no marks: inside a
+graph routing weights are values.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import threading
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from condconv.functional import channels_second
+
+ONE_THREAD = "A converted network runs one forward pass at a time: let threads take turns, or give each a copy.deepcopy"
+
+
+def _thread() -> int | None:
+    """The calling thread; None in code that torch.compile traces, which could not know it."""
+    return None if torch.compiler.is_compiling() else threading.get_ident()
+
+
+class Incoming(NamedTuple):
+    """Routing weights on their way to the next unit."""
+
+    routing: Tensor
+    without_grad: bool
+    thread: int | None
 
 
 class RoutingUnit:
@@ -49,36 +69,62 @@ class RoutingUnit:
         self.takes_previous = takes_previous
         self.channels_last = channels_last
         self.successor: nn.Module | None = None
-        self.incoming: Tensor | None = None
-        self.incoming_without_grad = False
+        self.incoming: Incoming | None = None
+        # Threads inside, by the id of the module: the replicas of nn.DataParallel share this object.
+        self.threads: dict[int, int] = {}
+        # Of the two hooks. Hooks are numbered by process: a handle that is unpickled raises torch's counter past its
+        # own number, without which the next hook of a loaded network would take the place of one of these.
+        self.handles: tuple[RemovableHandle, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         # Routing weights left by a forward pass that broke off are no state, and could not be copied with their graph.
-        return {**self.__dict__, "incoming": None, "incoming_without_grad": False}
+        return {**self.__dict__, "incoming": None, "threads": {}}
 
-    def take_previous(self) -> Tensor:
+    def enter(self, module: nn.Module) -> None:
+        """Mark that the calling thread runs `module`, and refuse another one until it is through."""
+        thread = _thread()
+        # One atomic step looks and marks.
+        if thread is not None and self.threads.setdefault(id(module), thread) != thread:
+            raise RuntimeError(f"{self.name}: another thread is inside this block. {ONE_THREAD}")
+
+    def leave(self, module: nn.Module) -> None:
+        """Undo `enter`."""
+        if not torch.compiler.is_compiling():
+            self.threads.pop(id(module), None)
+
+    def was_refused(self, module: nn.Module) -> bool:
+        """Whether `enter` refused the calling thread, since another one is inside."""
+        thread = _thread()
+        return thread is not None and self.threads.get(id(module), thread) != thread
+
+    def take_previous(self) -> Incoming:
         """The routing weights that the unit before left here, once."""
-        routing, self.incoming = self.incoming, None
-        if routing is None:
+        incoming, self.incoming = self.incoming, None
+        if incoming is None:
             raise RuntimeError(
                 f"{self.name}: the routing weights of the previous block did not arrive. Routing functions that span "
                 "the network need its blocks to run once each, in order, within one forward pass (or one checkpointed "
-                "segment); give convert() an example_input if the order of registration is not the order of execution"
+                "segment), and in one thread; give convert() an example_input if the order of registration is not the "
+                "order of execution"
             )
-        if self.incoming_without_grad and torch.is_grad_enabled():
+        thread = _thread()
+        if None not in (thread, incoming.thread) and thread != incoming.thread:
+            raise RuntimeError(
+                f"{self.name}: the routing weights of the previous block are those of another thread. {ONE_THREAD}"
+            )
+        if incoming.without_grad and torch.is_grad_enabled():
             raise RuntimeError(
                 f"{self.name}: the previous block's routing weights were computed without gradients, so its router "
                 "would silently not train. Reentrant gradient checkpointing cannot carry them from one segment to the "
                 "next: use routing='fc', or checkpoint nothing between the blocks"
             )
-        return routing
+        return incoming
 
     def hand_on(self, routing: Tensor, trainable: bool) -> None:
         """Leave routing weights for the successor, if there is one."""
         if self.successor is not None:
             unit: RoutingUnit = self.successor.routing_unit  # type: ignore[assignment]  # attributes of modules are untyped
-            unit.incoming = routing
-            unit.incoming_without_grad = trainable and not routing.requires_grad
+            unit.incoming = Incoming(routing, trainable and not routing.requires_grad, _thread())
 
 
 def attach(module: nn.Module, unit: RoutingUnit) -> None:
@@ -86,8 +132,10 @@ def attach(module: nn.Module, unit: RoutingUnit) -> None:
     module.routing_unit = unit  # type: ignore[assignment]  # a plain object, not a submodule
     for name in filter(None, unit.layers):
         module.get_submodule(name).block = unit.name  # type: ignore[assignment]
-    module.register_forward_pre_hook(_enter, with_kwargs=True)
-    module.register_forward_hook(_leave, always_call=True)
+    unit.handles = (
+        module.register_forward_pre_hook(_enter, with_kwargs=True),
+        module.register_forward_hook(_leave, always_call=True),
+    )
 
 
 def detach(module: nn.Module) -> None:
@@ -96,11 +144,8 @@ def detach(module: nn.Module) -> None:
     for name in filter(None, unit.layers):
         module.get_submodule(name).block = None  # type: ignore[assignment]
     del module.routing_unit
-    for hooks, hook in ((module._forward_pre_hooks, _enter), (module._forward_hooks, _leave)):
-        for key in [key for key, registered in hooks.items() if registered is hook]:
-            del hooks[key]
-            for flags in (module._forward_pre_hooks_with_kwargs, module._forward_hooks_always_called):
-                flags.pop(key, None)
+    for handle in unit.handles:
+        handle.remove()
 
 
 def is_unit(module: nn.Module) -> bool:
@@ -110,8 +155,9 @@ def is_unit(module: nn.Module) -> bool:
 
 def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     unit: RoutingUnit = module.routing_unit  # type: ignore[assignment]
+    unit.enter(module)
     if unit.router is None:
-        routing, trainable = unit.take_previous(), unit.incoming_without_grad
+        routing, trainable, _ = unit.take_previous()
     else:
         router: Any = module.get_submodule(unit.router)
         x = pooled_input(unit.name, args, kwargs, router.in_channels, unit.channels_last)
@@ -120,7 +166,7 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
                 f"{unit.name}: its router was built for {router.in_channels} channels, but the block's input has "
                 f"{x.shape[1]}; give convert() an example_input, from which it learns the true number"
             )
-        routing = router(x, unit.take_previous()) if unit.takes_previous else router(x)
+        routing = router(x, unit.take_previous().routing) if unit.takes_previous else router(x)
         trainable = any(parameter.requires_grad for parameter in router.parameters())
     unit.hand_on(routing, trainable)
     for name in unit.layers:
@@ -130,9 +176,12 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def _leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     unit: RoutingUnit = module.routing_unit  # type: ignore[assignment]
+    if unit.was_refused(module):  # the routing weights here are those of the thread that is inside
+        return
     for name in unit.layers:
         layer = module.get_submodule(name) if name else module
         layer.routing = None  # type: ignore[assignment]
+    unit.leave(module)
 
 
 def pooled_input(

@@ -99,14 +99,28 @@ class RoutingSurvey:
 
 @contextmanager
 def catch_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Yields a dictionary that holds, after a forward pass, each router's weights [N, E] in the order of execution."""
+    """Yields a dictionary that holds, after a forward pass, each router's weights [N, E] in the order of execution.
+
+    Raises:
+        ValueError: the network has no router; in the forward pass, a router runs twice, so that images have two rows.
+    """
     caught: dict[str, Tensor] = {}
     names = {router: name for name, router in routers_of(model).items()}
 
-    def hook(router: Router, args: tuple[Any, ...], output: Tensor) -> None:
-        caught[names[router]] = output.detach()
+    def forget(model: nn.Module, args: tuple[Any, ...]) -> None:
+        caught.clear()
 
-    with hooks_run([router.register_forward_hook(hook) for router in names]):
+    def hook(router: Router, args: tuple[Any, ...], output: Tensor) -> None:
+        name = names[router]
+        if name in caught:
+            raise ValueError(
+                f"the router of {name} ran more than once in a forward pass, so it has no one routing of an image. "
+                "Layers that share a router module, and blocks that are used several times, cannot be looked at"
+            )
+        caught[name] = output.detach()
+
+    handles = [router.register_forward_hook(hook) for router in names]
+    with hooks_run([model.register_forward_pre_hook(forget), *handles]):
         yield caught
 
 
@@ -158,7 +172,7 @@ def survey_routing(
         num_bins: of the histograms.
 
     Raises:
-        ValueError: the network has no router, or no batch came.
+        ValueError: the network has no router, one that runs several times in a forward pass, or no batch came.
     """
     parts: dict[str, _Accumulator] = {}
     routers = routers_of(model)
@@ -169,7 +183,6 @@ def survey_routing(
     seen, correct, classifies = 0, 0, True
     with catch_routing(model) as routing:
         for images, labels in batches:
-            routing.clear()
             outputs = model(images)
             indices = torch.arange(seen, seen + len(labels))
             for name, weights in routing.items():

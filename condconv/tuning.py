@@ -66,6 +66,18 @@ def same_random_state(device: torch.device) -> AbstractContextManager[None]:
 
 
 @contextmanager
+def _same_buffers(model: nn.Module) -> Iterator[None]:
+    """What forward passes inside write to buffers is undone, also when one fails."""
+    values = [buffer.clone() for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(model.buffers(), values, strict=True):
+                buffer.copy_(value)
+
+
+@contextmanager
 def _layer_problems(model: nn.Module) -> Iterator[list[tuple[str, Problem]]]:
     """Collect (layer name, problem) of every CondConv layer with backend "auto" that runs inside the block."""
     found: list[tuple[str, Problem]] = []
@@ -89,12 +101,13 @@ def layer_problems(model: nn.Module, x: Tensor) -> list[tuple[str, Problem]]:
 
     Gradients count when the network is in training mode. Buffers such as BatchNorm's and the random state are restored.
     """
-    buffers = [buffer.clone() for buffer in model.buffers()]
-    with same_random_state(x.device), _layer_problems(model) as found, torch.set_grad_enabled(model.training):
+    with (
+        _same_buffers(model),
+        same_random_state(x.device),
+        _layer_problems(model) as found,
+        torch.set_grad_enabled(model.training),
+    ):
         model(x)
-    with torch.no_grad():
-        for buffer, value in zip(model.buffers(), buffers, strict=True):
-            buffer.copy_(value)
     if not found:
         raise ValueError(
             'The network has no CondConv layer with backend="auto" that runs on this input; layers with compressed '
@@ -137,7 +150,8 @@ def autotune(model: nn.Module, x: Tensor, *, cache: str | Path | None = None, re
     named = layer_problems(model, x)
     times: dict[Problem, dict[str, float]] = {}
     if not dist.is_initialized() or dist.get_rank() == 0:
-        with same_random_state(x.device):
+        # Times, the name of the GPU in the cache and tensors on "cuda" are those of the current GPU.
+        with torch.cuda.device_of(x), same_random_state(x.device):
             times = _measure_all([problem for _, problem in named], Path(cache or measuring.default_cache()), repeats)
     if dist.is_initialized():
         answer = [[times.get(problem) for _, problem in named]]

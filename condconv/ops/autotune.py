@@ -7,10 +7,11 @@ import math
 import os
 import platform
 import statistics
-import tempfile
+import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +19,12 @@ import torch
 from torch import Tensor
 
 import condconv
+from condconv.files import write_whole
 from condconv.ops.registry import BACKENDS, Backend
 from condconv.ops.spec import Problem, without_autocast
+
+if sys.platform != "win32":
+    import fcntl
 
 SKIP_SLOWER_THAN = 4.0
 """A candidate whose first run takes this many times the best so far is not timed further."""
@@ -159,7 +164,22 @@ def load_cache(path: Path, device: str) -> dict[str, dict[str, float]]:
 
 
 def save_cache(path: Path, device: str, measurements: list[Measurement]) -> None:
-    """Add measurements to the file, atomically; a folder that cannot be written is a warning, not the end of a run."""
+    """Add measurements to the file, which is as before or complete, and keep those that other processes add meanwhile.
+
+    The latter needs locks of files, which Windows and some network folders lack. A folder that cannot be written is a
+    warning, not the end of a run.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(path):
+            everything = _merged(path, device, measurements)
+            write_whole(path, [json.dumps(everything, indent=1).encode()])
+    except OSError as error:
+        warnings.warn(f"The autotune cache {path} cannot be written ({error}).", stacklevel=2)
+
+
+def _merged(path: Path, device: str, measurements: list[Measurement]) -> dict[str, object]:
+    """What the file holds, and the measurements."""
     try:
         everything = json.loads(path.read_text()) if path.exists() else {}
     except (OSError, ValueError):
@@ -167,11 +187,14 @@ def save_cache(path: Path, device: str, measurements: list[Measurement]) -> None
     if not isinstance(everything, dict):
         everything = {}
     kept = load_cache(path, device) if environment(device) in everything else {}
-    everything[environment(device)] = kept | {str(m.problem): m.time_ms for m in measurements}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(everything, file, indent=1)
-        os.replace(file.name, path)
-    except OSError as error:
-        warnings.warn(f"The autotune cache {path} cannot be written ({error}).", stacklevel=2)
+    return everything | {environment(device): kept | {str(m.problem): m.time_ms for m in measurements}}
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Let processes that change the file take turns: by a file beside it, since the file itself is replaced."""
+    with open(path.with_name(f"{path.name}.lock"), "w") as lock:
+        if sys.platform != "win32":
+            with suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -8,10 +8,11 @@ import pytest
 import torch
 from numerics import assert_close
 from small_networks import SmallNet
-from torch import nn
+from torch import Tensor, nn
 
 from condconv import CondConv2d, CondLinear, Router, convert
 from condconv.collapse import collapse, routing_moments
+from condconv.routing import build_router
 
 X = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(3))
 
@@ -74,6 +75,24 @@ def test_given_weights_for_all_or_for_each_layer() -> None:
     expected = net[0](x, weights.expand(2, 2))
     collapse(net, {"0": weights})
     assert_close(net(x), expected, "same_tf")
+
+
+class RoutesByHand(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = build_router("fc", 3, 2)
+        self.conv = CondConv2d(3, 4, 3, num_experts=2, router=None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x, self.router(x))
+
+
+def test_layers_that_are_called_with_routing_weights_are_refused_and_left() -> None:
+    net = RoutesByHand()
+    expected = net(X)
+    with pytest.raises(ValueError, match="conv has no router"):
+        collapse(net, routing_moments(net, [X]))
+    assert torch.equal(net(X), expected)
 
 
 def test_what_cannot_be_collapsed_is_refused_and_left() -> None:

@@ -113,6 +113,16 @@ def test_experts_are_never_decoded_all_at_once(expert_dtype: str, monkeypatch: p
 
 @both
 @torch.no_grad()
+def test_the_algorithm_for_one_example_may_be_asked_for(expert_dtype: str) -> None:
+    small, plain = pair(layer_of("dense", backend="single"), expert_dtype)
+    x, routing = torch.randn(2, 12, 7, 5), torch.rand(2, 3)
+    assert_close(small(x[:1], routing[:1]), plain(x[:1], routing[:1]), "y")
+    with pytest.raises(ValueError, match="'single' cannot run this layer: it convolves one example"):
+        small(x, routing)
+
+
+@both
+@torch.no_grad()
 def test_patches_of_a_tile_stay_small(expert_dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     small, plain = pair(layer_of("dense", backend="gemm"), expert_dtype)
     x, routing = torch.randn(7, 12, 6, 6), torch.rand(7, 3)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
@@ -103,6 +107,31 @@ def test_pickle_and_state_dict_round_trips(routed: SmallNet, tmp_path: Path) -> 
             parameter.normal_()
     fresh.load_state_dict(torch.load(buffer, weights_only=True), strict=True)
     assert_close(fresh(x), before, "state dict")
+
+
+HOOKS_OF_OTHERS = """
+import sys, torch
+net, x, expected = torch.load(sys.argv[1], weights_only=False)
+for layer in net:
+    handles = [layer.register_forward_pre_hook(lambda *_: None), layer.register_forward_hook(lambda *_: None)]
+    assert torch.equal(net(x), expected)
+    for handle in handles:
+        handle.remove()
+assert torch.equal(net(x), expected)
+assert all(layer.routing is None for layer in net)
+"""
+
+
+def test_hooks_of_others_in_another_process_replace_none_of_a_pickled_network(tmp_path: Path) -> None:
+    """Torch numbers hooks anew in every process."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3))
+    convert(net, EXPERTS, blocks="*", routing="single")
+    x = images().float()
+    with torch.no_grad():
+        torch.save((net, x, net(x)), tmp_path / "net.pt")
+    command = [sys.executable, "-c", HOOKS_OF_OTHERS, str(tmp_path / "net.pt")]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -218,6 +247,102 @@ def test_an_exception_leaves_no_routing_weights_behind(routed: SmallNet) -> None
     copy.deepcopy(routed), pickle.dumps(routed)  # routing weights left for the next block would not be copied
     block.se = se
     assert_close(routed(x), before, "after the exception")
+
+
+class Interrupted(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+
+def test_copies_are_made_after_an_interrupt(routed: SmallNet) -> None:
+    """Torch runs no hook then, not even those that run after an exception."""
+    block = routed.blocks[1][0]
+    x = images()
+    before = routed(x)
+    se, block.se = block.se, Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        routed(x)
+    block.se = se
+    assert_nothing_left(copy.deepcopy(routed))
+    assert_close(pickle.loads(pickle.dumps(routed))(x), before, "a copy")
+    assert_close(routed(x), before, "after the interrupt")
+    assert_nothing_left(routed)
+
+
+def test_a_second_thread_inside_a_block_is_refused_and_the_first_stays_right() -> None:
+    net = network().eval()
+    block, entered, left = net.blocks[1][0], threading.Event(), threading.Event()
+    first, second = images(), images()
+    expected = net(first)
+
+    def hold(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if not entered.is_set():
+            entered.set()
+            assert left.wait(60)
+
+    handle = block.conv_dw.register_forward_pre_hook(hold)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(net, first)
+        assert entered.wait(60)
+        try:
+            with pytest.raises(RuntimeError, match=r"blocks\.1\.0: another thread is inside.*copy\.deepcopy"):
+                net(second)
+        finally:
+            left.set()
+        assert_close(running.result(60), expected, "the first thread")
+    handle.remove()
+    assert_close(net(first), expected, "afterwards, in another thread")
+    assert_nothing_left(net)
+
+
+@pytest.mark.parametrize("routing", ["single", "hierarchical"])
+def test_routing_weights_of_another_threads_block_are_refused(routing: str) -> None:
+    """Both threads are between two blocks: the second one has replaced what the first one's next block waits for."""
+    net = network(routing).eval()
+    between, replaced = threading.Event(), threading.Event()
+
+    def hold(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if between.is_set():
+            replaced.set()
+            wait([running], 60)
+        else:
+            between.set()
+            assert replaced.wait(60)
+
+    net.blocks[0][1].register_forward_pre_hook(hold, prepend=True)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(net, images())
+        assert between.wait(60)
+        with pytest.raises(RuntimeError, match=r"did not arrive.*in one thread"):
+            net(images())
+    assert "previous block are those of another thread" in str(running.exception())
+    assert_nothing_left(net)
+
+
+def replica_of(net: nn.Module) -> nn.Module:
+    """As nn.DataParallel makes them for its threads, though on the same device."""
+    replicas = {module: module._replicate_for_data_parallel() for module in net.modules()}
+    for module, replica in replicas.items():
+        replica._parameters = module._parameters
+        replica._modules = {name: replicas[child] for name, child in module._modules.items()}
+    return replicas[net]
+
+
+def test_replicas_of_data_parallel_run_at_the_same_time() -> None:
+    net = network().eval()
+    both = threading.Barrier(2)
+    batches = [images(), images()]
+    expected = [net(x) for x in batches]
+
+    def meet(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        both.wait(60)
+
+    net.blocks[1][0].conv_dw.register_forward_pre_hook(meet)
+    with ThreadPoolExecutor(2) as pool:
+        running = [pool.submit(replica_of(net), x) for x in batches]
+        for replica, y in zip(running, expected, strict=True):
+            assert_close(replica.result(), y, "a replica")
+    assert_nothing_left(net)
 
 
 def test_layers_called_without_their_block_say_so() -> None:

@@ -10,7 +10,9 @@ import torch
 from small_networks import SmallNet
 from torch import Tensor, nn
 
+from condconv.ablation import Ablation, evaluate_ablations
 from condconv.convert import convert
+from condconv.layers import CondConv2d
 from condconv.routing import FCRouter
 from condconv.survey import catch_routing, survey_routing
 
@@ -70,6 +72,19 @@ def test_networks_that_do_not_classify_and_data_without_labels(network: nn.Modul
     batches = batches_of(torch.randn(4, 3, 16, 16), torch.full((4,), -1), 2)
     survey = survey_routing(network, batches, 7)
     assert survey.num_correct is None and survey.routers[0].classes is None
+
+
+@pytest.mark.parametrize("shared", ["router", "block"])
+def test_routers_that_run_more_than_once_in_a_pass_are_refused(shared: str) -> None:
+    """One of the calls would stand for all of them."""
+    first = CondConv2d(3, 3, 1, num_experts=2)
+    second = first if shared == "block" else CondConv2d(3, 3, 1, num_experts=2, router=first.router)
+    net = nn.Sequential(first, second, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    batches = [(torch.randn(4, 3, 5, 5), torch.tensor([0, 1, 2, 0]))] * 2
+    with pytest.raises(ValueError, match="the router of 0 ran more than once"):
+        survey_routing(net, batches, 3)
+    with pytest.raises(ValueError, match="the router of 0 ran more than once"):
+        evaluate_ablations(net, batches, (Ablation("shuffled"),), {})
 
 
 def test_mistakes_are_named(network: nn.Module) -> None:

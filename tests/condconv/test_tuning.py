@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,6 +93,14 @@ def test_explain_lists_each_layer_and_leaves_the_network_alone() -> None:
     assert not condconv.explain(model.eval(), x).layers[0].problem.training
 
 
+def test_a_forward_pass_that_fails_leaves_the_buffers_alone() -> None:
+    model = net()
+    model[5] = nn.Linear(7, 4)  # of another size than its input
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        condconv.explain(model, torch.randn(2, 3, 9, 9))
+    assert model[1].num_batches_tracked == 0 and not model[1].running_mean.any()
+
+
 def test_explain_needs_a_layer_with_backend_auto() -> None:
     with pytest.raises(ValueError, match="no CondConv layer"):
         condconv.explain(nn.Conv2d(3, 4, 1), torch.randn(1, 3, 4, 4))
@@ -151,6 +162,63 @@ def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match="cannot be written"):
         assert condconv.autotune(net(), torch.randn(2, 3, 5, 5), cache=tmp_path / "file" / "x.json", repeats=1).layers
+
+
+def test_the_gpu_of_the_input_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it is not the current one; here with a stand-in for the GPUs."""
+    current: list[torch.Tensor] = []
+
+    @contextmanager
+    def device_of(x: torch.Tensor) -> Iterator[None]:
+        current.append(x)
+        yield
+        current.pop()
+
+    def environment(device: str) -> str:
+        assert current == [x]
+        return "a GPU"
+
+    def measure(problem: Problem, repeats: int) -> Measurement:
+        assert current == [x]
+        return Measurement(problem, {"gemm": 1.0})
+
+    x = torch.randn(2, 3, 5, 5)
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(measuring, "environment", environment)
+    monkeypatch.setattr(measuring, "measure", measure)
+    assert condconv.autotune(net(), x, cache=tmp_path / "autotune.json").layers
+    assert not current
+
+
+def test_two_processes_keep_each_others_measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one comes between the first one's reading and its writing; locks are between open files."""
+    pytest.importorskip("fcntl", reason="this system has no locks of files")
+    cache, replace_file, others = tmp_path / "autotune.json", os.replace, []
+
+    def replace_after_another_came(*names: Path) -> None:
+        if not others:
+            second = Measurement(problem(9), {"gemm": 2.0})
+            others.append(threading.Thread(target=measuring.save_cache, args=(cache, "cpu", [second])))
+            others[0].start()
+            others[0].join(0.5)
+        replace_file(*names)
+
+    monkeypatch.setattr(os, "replace", replace_after_another_came)
+    measuring.save_cache(cache, "cpu", [Measurement(problem(7), {"gemm": 1.0})])
+    others[0].join()
+    assert measuring.load_cache(cache, "cpu") == {str(problem(7)): {"gemm": 1.0}, str(problem(9)): {"gemm": 2.0}}
+
+
+def test_a_cache_that_fails_half_way_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "autotune.json"
+
+    def fail(*names: Path) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.warns(UserWarning, match="cannot be written.*no space"):
+        measuring.save_cache(cache, "cpu", [Measurement(problem(), {"gemm": 1.0})])
+    assert [file.name for file in tmp_path.iterdir()] == ["autotune.json.lock"]
 
 
 def test_the_measured_backend_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

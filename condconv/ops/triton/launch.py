@@ -7,6 +7,7 @@ belongs together is one argument, a named tuple, in launchers and kernels alike.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -130,7 +131,15 @@ def split(x, dtype: tl.constexpr):
 
 def matmul_precision(dtype: torch.dtype) -> str:
     """Precision of the convolution's products: exact for half types, IEEE for float32 unless the user allows TF32."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and _tf32_is_allowed() else "ieee"
+
+
+def _tf32_is_allowed() -> bool:
+    matmul = torch.backends.cuda.matmul
+    # Older settings write the newer one (torch 2.9) too; once that one was set, reading `allow_tf32` is an error.
+    if hasattr(matmul, "fp32_precision"):
+        return bool(matmul.fp32_precision == "tf32")
+    return bool(matmul.allow_tf32)
 
 
 def workspace_budget(workspace_bytes: int, device: torch.device) -> int:
@@ -178,7 +187,8 @@ def pruner(extents: dict[str, str]) -> Callable[..., list[triton.Config]]:
     """Drops tile candidates that the problem cannot use, before any is timed.
 
     `extents` maps a block's name to the kernel argument that it tiles. A block of twice the extent or more is waste;
-    float32 products on the ordinary units need the registers that large tiles would take.
+    float32 products on the ordinary units need the registers that large tiles would take. Where all would be dropped,
+    the smallest stays.
     """
 
     def prune(configs: list[triton.Config], arguments: dict[str, Any], **constants: Any) -> list[triton.Config]:
@@ -194,6 +204,9 @@ def pruner(extents: dict[str, str]) -> Callable[..., list[triton.Config]]:
             shared = (rows + columns) * inner * element_bytes * config.num_stages
             return shared <= SHARED_BYTES and not (in_registers and rows * columns > 64 * 64)
 
-        return [config for config in configs if fits(config)] or configs[:1]
+        def size(config: triton.Config) -> int:
+            return math.prod(config.kwargs[name] for name in extents)
+
+        return [config for config in configs if fits(config)] or [min(configs, key=size)]
 
     return prune

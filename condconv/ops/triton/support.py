@@ -14,7 +14,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_EXPERTS = 64
 MAX_OFFSET = 2**31 - 2**20
 """Offsets inside one example or one expert are 32-bit (with room for a tile past the end), those across them 64-bit."""
-MAX_DEPTHWISE_TAPS = 121
 MIN_CAPABILITY = (8, 0)
 
 
@@ -70,9 +69,6 @@ def depthwise(problem: Problem) -> str | None:
     """One output channel per input channel, any kernel, stride, padding and dilation."""
     if not problem.is_depthwise:
         return "not a depthwise layer with as many output as input channels"
-    taps = problem.kernel_RS[0] * problem.kernel_RS[1]
-    if taps > MAX_DEPTHWISE_TAPS:
-        return f"{taps} taps, and the kernel unrolls at most {MAX_DEPTHWISE_TAPS}"
     return _common(problem)
 
 
