@@ -99,8 +99,8 @@ def test_upcycling_needs_trained_weights() -> None:
     for init in ("upcycle", "upcycle_neutral"):
         with pytest.raises(UserError, match=rf"condconv.init={init} makes experts of a trained .*: add pretrained="):
             check_pretrained(composed(f"condconv.init={init}"))
-        for fine in ("pretrained=static.pth", "resume=outputs/run", "condconv.experts=0"):  # the last: its static twin
-            check_pretrained(composed(f"condconv.init={init}", fine))
+    for fine in ("pretrained=static.pth", "resume=outputs/run", "condconv.experts=0"):  # the last: its static twin
+        check_pretrained(composed("condconv.init=upcycle", fine))
     with pytest.raises(UserError, match=r"new_classifier=true is for pretrained="):
         check_pretrained(composed("new_classifier=true"))
     check_pretrained(composed("new_classifier=true", "resume=outputs/run"))

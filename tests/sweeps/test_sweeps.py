@@ -164,11 +164,9 @@ def test_lists_and_text_vary_alike(commands: Commands) -> None:
 
 def test_the_command_line_replaces_what_a_generator_varies(commands: Commands) -> None:
     options = ("sweep=depth", "model.width=0.25", "condconv.experts=2", "seed=1", "hydra.sweeper.list_only=true")
-    for given in ("condconv.from_block=1,7", "condconv.last_blocks=1,2"):
-        code, out, err = commands.train("-m", *options, given)
-        key, first, second = re.split("[=,]", given.partition(".")[2])
-        expected = ["experts-0_seed-1", *(f"{key}-{value}_seed-1" for value in (first, second))]
-        assert code == 0 and [line.split()[0] for line in out.splitlines()] == expected, out + err
+    code, out, err = commands.train("-m", *options, "condconv.from_block=1,7")
+    expected = ["experts-0_seed-1", "from_block-1_seed-1", "from_block-7_seed-1"]
+    assert code == 0 and [line.split()[0] for line in out.splitlines()] == expected, out + err
     code, _, err = commands.train("-m", *options, "model.width=0.25,0.5")
     assert code == 1 and "model.width: this sweep computes its jobs for one value" in err
 
