@@ -206,14 +206,14 @@ class GridSweep(Sweep):
     def generate(self, arguments: Sequence[str], options: Mapping[str, Any]) -> list[list[str]]:
         """The generator's variants. Keys of theirs may have several values on the command line, which replace them."""
         several = varied(make_plan(arguments, **options)) - {"seed"}
+        if several and self.keep_variants:
+            raise one_value(several)
         single = [argument for argument in arguments if key_of(argument) not in several]
         first = make_plan(single, **options)
         variants: list[list[str]] = find_generator(self.generator)(self.compose(first.command_line(first.jobs[-1])))
         own = {key_of(override) for row in variants for override in row}
-        if wrong := several if self.keep_variants else several - own:
-            raise UserError(
-                f"{', '.join(sorted(wrong))}: this sweep computes its jobs for one value. Start it once for each."
-            )
+        if several - own:
+            raise one_value(several - own)
         return variants
 
     def skip(self, run: JobRun) -> bool:
@@ -257,6 +257,11 @@ def exit_code(runs: Sequence[JobRun], stopped: bool) -> int:
     if stopped:
         return 130
     return 1 if "failed" in states else EXIT_REQUEUE if states - {"finished"} else 0
+
+
+def one_value(keys: set[str]) -> UserError:
+    """For a generator, which computes variants of one network."""
+    return UserError(f"{', '.join(sorted(keys))}: this sweep computes its jobs for one value. Start it once for each.")
 
 
 def find_generator(name: str) -> Any:
