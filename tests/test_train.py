@@ -108,7 +108,7 @@ def test_the_same_command_gives_the_same_weights(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_it_learns(tmp_path: Path) -> None:
-    """A little training gets well above chance, and CondConv's own parameters moved; tests/test_overfit.py is faster."""
+    """A little training gets well above chance, and CondConv's own parameters move; tests/test_overfit.py is faster."""
     overrides = [*TINY, "trainer.max_epochs=9", "trainer.limit_train_batches=1.0", "callbacks=none", "seed=3"]
     overrides += ["optim.lr=0.01"]
     cfg = compose_train(*overrides, f"paths.run={tmp_path}")
