@@ -105,6 +105,12 @@ class JobRun:
         self.end(0)
         return True
 
+    def is_to_run(self, stop: Event) -> bool:
+        """Wait until nobody else trains in the folder; False if the sweep was stopped or the job is finished then."""
+        while self.is_held() and not stop.is_set():
+            stop.wait(0.5)
+        return not stop.is_set() and not self.ended_meanwhile()
+
     def prepare(self) -> list[str]:
         """Clear what an earlier start left without a checkpoint, or how it ended, and return the command."""
         command = self.command()
@@ -133,9 +139,7 @@ class JobRun:
 
     def run(self, stop: Event, kill: Event, keep_open: tuple[int, ...] = ()) -> None:
         """Run the job in a process of its own and wait for it; `stop` lets it save its state, `kill` does not."""
-        while self.is_held() and not stop.is_set():
-            time.sleep(0.5)
-        if stop.is_set() or self.ended_meanwhile():
+        if not self.is_to_run(stop):
             return
         command = self.prepare()
         process = subprocess.Popen(

@@ -144,7 +144,7 @@ class InProcess(InTurn):
 
     def launch(self, runs: Sequence[JobRun]) -> None:
         for run in runs:
-            if not self.stop.is_set():
+            if run.is_to_run(self.stop):
                 arguments = run.prepare()[3:]
                 try:
                     run.end(self.call(run, arguments))

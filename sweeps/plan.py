@@ -150,7 +150,7 @@ def _values(override: Override) -> list[str]:
 
 
 def _varied(value: Any) -> str:
-    return ",".join(map(as_text, value)) if isinstance(value, list | tuple) else str(value)
+    return ",".join(map(as_text, value)) if isinstance(value, list | tuple) else as_text(value)
 
 
 def as_text(value: Any) -> str:

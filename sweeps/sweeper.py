@@ -123,6 +123,8 @@ class Sweep:
     def launch(self, runs: Sequence[JobRun], display: Display) -> None:
         """Run the jobs; Ctrl-C or SIGTERM lets the running ones save their state, a second one does not."""
         launcher = self.launcher
+        if held := [run.name for run in runs if run.is_held()]:
+            display.line(f"waiting for jobs of an earlier start that still train: {', '.join(held)}")
         if isinstance(launcher, InProcess):
             launcher.call = self._call_here
         if not launcher.threaded:

@@ -226,15 +226,19 @@ def test_distributed_data_parallel(tmp_path: Path) -> None:
 
 
 class Broken(nn.Module):
+    def __init__(self, error: type[BaseException]) -> None:
+        super().__init__()
+        self.error = error
+
     def forward(self, x: Tensor) -> Tensor:
-        raise ArithmeticError
+        raise self.error
 
 
 def test_an_exception_leaves_no_routing_weights_behind(routed: SmallNet) -> None:
     block = routed.blocks[1][0]
     x = images()
     before = routed(x)
-    se, block.se = block.se, Broken()
+    se, block.se = block.se, Broken(ArithmeticError)
     with pytest.raises(ArithmeticError):
         routed(x)
     assert block.conv_pw.routing is None
@@ -243,17 +247,12 @@ def test_an_exception_leaves_no_routing_weights_behind(routed: SmallNet) -> None
     assert_close(routed(x), before, "after the exception")
 
 
-class Interrupted(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        raise KeyboardInterrupt
-
-
 def test_copies_are_made_after_an_interrupt(routed: SmallNet) -> None:
     """Torch runs no hook then, not even those that run after an exception."""
     block = routed.blocks[1][0]
     x = images()
     before = routed(x)
-    se, block.se = block.se, Interrupted()
+    se, block.se = block.se, Broken(KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         routed(x)
     block.se = se

@@ -68,10 +68,11 @@ def test_the_command_line_replaces_what_the_file_varies() -> None:
 
 
 def test_values_of_yaml_are_those_of_the_command_line() -> None:
-    plan = make_plan([], params={"condconv.placement": [None, "all"], "test": [True], "x.list": [[1, None], [3]]})
+    params = {"condconv.placement": [None, "all"], "test": [True], "x.list": [[1, None], [3]], "x.one": None}
+    plan = make_plan([], params=params)
     parsed = [OverridesParser.create().parse_overrides(list(job.overrides)) for job in plan.jobs]
     values = [tuple(override.value() for override in overrides) for overrides in parsed]
-    assert values == [(p, True, x) for p in (None, "all") for x in ([1, None], [3])]
+    assert values == [(p, True, x, None) for p in (None, "all") for x in ([1, None], [3])]
 
 
 def test_what_belongs_to_the_sweep_is_not_passed_on() -> None:

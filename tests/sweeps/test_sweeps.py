@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -276,6 +278,17 @@ def test_two_sweeps_cannot_share_a_folder(commands: Commands, monkeypatch: pytes
     with folders.only_one(folder):
         code, out, err = commands.train("-m", *TINY, "condconv.experts=0,1", f"sweep_dir={folder}")
     assert code == 1 and "Another process works on" in err and "Waiting for" in out
+
+
+def test_jobs_that_still_train_are_waited_for_and_named(commands: Commands) -> None:
+    folder = commands.outputs / "again"
+    folder.mkdir(parents=True)
+    lock = (folder / ".experts-1.lock").open("w")  # as a job of submitit holds it
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    threading.Timer(3.0, lock.close).start()
+    code, out, err = commands.train("-m", *TINY, "condconv.experts=1,2", f"sweep_dir={folder}")
+    assert code == 0 and lock.closed, err
+    assert "waiting for jobs of an earlier start that still train: experts-1\n" in out
 
 
 def test_wandb_names_groups_and_tags(commands: Commands) -> None:
