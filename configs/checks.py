@@ -192,9 +192,11 @@ def check_arguments(cfg: DictConfig) -> None:
                 group = path.partition(".")[0]
                 name = f"{group}={chosen[group]}" if chosen.get(group) else node["_target_"]
                 setter = f"experiment={chosen['experiment']}" if chosen.get("experiment") else "a file"
+                names = [f"{path}.{key}" for key in sorted(known)]
+                hint = did_you_mean(unknown[0], names) if len(unknown) == 1 else ""
                 raise UserError(
-                    f"{name} has no {', '.join(unknown)}, which {setter} or the command line sets. Choose another "
-                    f"{group}=, or leave out what does not go with it: {' '.join(f'~{key}' for key in unknown)}"
+                    f"{name} has no {', '.join(unknown)}, which {setter} or the command line sets. {hint}Choose "
+                    f"another {group}=, or leave out what does not go with it: {' '.join(f'~{key}' for key in unknown)}"
                 )
         for key, value in node.items():
             walk(value, f"{path}.{key}" if path else str(key))

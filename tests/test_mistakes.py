@@ -57,6 +57,7 @@ TRAIN_MISTAKES = {
     "argument that nothing has": (
         "+trainer.max_epoch=3",
         "trainer=auto has no trainer.max_epoch,",
+        "Did you mean 'trainer.max_epochs'?",
         "~trainer.max_epoch",
     ),
     "boxes for a classifier": ("data=digit_scenes", "classifies images", "model=ssd_"),
