@@ -38,8 +38,7 @@ def report(arguments: list[str], console: Console) -> Path:
     runs += [run for sweep in sweeps for run in planned(sweep, folders)]
     command = shlex.join(["python", "report.py", *arguments])
     title = first.get("title", f"Runs of {roots[0].absolute().name}")
-    commands = [sweep.command for sweep in sweeps if sweep.command]
-    options = Options(out, title, notes, command, first.get("links") != "false", commands)
+    options = Options(out, title, notes, command, first.get("links") != "false", sweeps)
     if "studies" in first:
         return report_studies(Path(first["studies"]).expanduser(), runs, roots, options, console)
     comparison = compare(runs, first.get("metric"), first.get("baseline"))

@@ -10,7 +10,7 @@ from typing import Any
 from reports.comparison import Comparison
 from reports.configs import command_text, shortened
 from reports.groups import show
-from reports.runs import Run
+from reports.runs import Run, Sweep
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Options:
         title: of the page.
         notes: Markdown that stands at the top, written by hand; empty for none.
         command: how the report was made.
-        sweeps: the commands of the sweeps that the runs belong to.
+        sweeps: found beside the runs; a report names the commands of those that its own runs belong to.
         links: link to the run's folders; without, the page has no path of this machine, and can leave it.
     """
 
@@ -31,7 +31,7 @@ class Options:
     notes: str = ""
     command: str = ""
     links: bool = True
-    sweeps: Sequence[Sequence[str]] = ()
+    sweeps: Sequence[Sweep] = ()
 
 
 def hours(runs: Sequence[Run]) -> float:
@@ -57,12 +57,14 @@ def provenance(comparison: Comparison, options: Options) -> list[tuple[str, str]
 
     versions = sorted({f"{k} {v}" for run in runs for k, v in _dict(run.result.get("versions")).items()})
     ends = sorted(run.ended for run in runs if run.ended)
+    folders = {run.folder.parent for run in (*runs, *left)}
+    commands = [sweep.command for sweep in options.sweeps if sweep.command and sweep.folder in folders]
     resumed = sum((run.number("parts") or 1) > 1 for run in runs)
     n = f"{len(runs)} runs count, {len(left)} are left out; {resumed} were stopped and resumed"
     return [
         ("runs", n),
         ("training time", f"{hours(runs):.2f} hours of the runs that count, {hours(left):.2f} of those left out"),
-        *(("sweep, its last start", command_text(sweep, options.links)) for sweep in options.sweeps),
+        *(("sweep, its last start", command_text(command, options.links)) for command in commands),
         ("ended", f"{ends[0]} to {ends[-1]}" if ends else "not recorded"),
         ("seeds", ", ".join(sorted({show(run.seed) for run in runs})) or "none"),
         ("commits", ", ".join(sorted({commit_of(run) for run in runs})) or "none"),

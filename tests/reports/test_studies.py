@@ -111,6 +111,17 @@ def test_a_finished_run_is_not_replaced_by_another_root(runs: Path, tmp_path: Pa
     assert "8 experts: +1.10 points" in plain
 
 
+def test_a_study_names_the_sweeps_of_its_own_runs_alone(runs: Path, tmp_path: Path) -> None:
+    for name in ("experts", "dropout"):
+        content = {"command": ["train.py", "-m", f"sweep={name}"], "jobs": {}}
+        (runs / name / "sweep.json").write_text(json.dumps(content))
+    out = tmp_path / "out"
+    plain, _, _ = make(runs, out)
+    experts, dropout = ((out / name / "report.md").read_text() for name in ("experts", "dropout"))
+    assert all("sweep=experts" in text for text in (plain, experts, dropout))
+    assert "sweep=dropout" in plain and "sweep=dropout" in dropout and "sweep=dropout" not in experts
+
+
 def test_nothing_run_yet(tmp_path: Path) -> None:
     write_run(tmp_path / "runs" / "experts", 0, 1, folder="e-0_seed-1", status="running")
     plain, _, _ = make(tmp_path / "runs", tmp_path / "out")
