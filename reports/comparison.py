@@ -243,14 +243,19 @@ def _pair(rows: list[Row], metric: Metric, train: Metric, baseline: str | None) 
     return "the static twin"
 
 
-def _difference(row: Row, other: Row, metric: Metric) -> Difference | None:
+def pairs_of(row: Row, other: Row, metric: Metric) -> dict[str, tuple[float, float]]:
+    """Figures (a row's, another's), scaled, by the seeds that have both."""
     theirs = {show(run.seed): run.figures.get(metric.name) for run in other.group.runs}
-    pairs = []
+    pairs = {}
     for run in row.group.runs:
         ours, twin = _scaled(metric, run.figures.get(metric.name)), _scaled(metric, theirs.get(show(run.seed)))
         if ours is not None and twin is not None:
-            pairs.append((ours, twin))
-    return paired_difference(pairs)
+            pairs[show(run.seed)] = (ours, twin)
+    return pairs
+
+
+def _difference(row: Row, other: Row, metric: Metric) -> Difference | None:
+    return paired_difference(list(pairs_of(row, other, metric).values()))
 
 
 def _find_baseline(rows: list[Row], baseline: str) -> Row:

@@ -6,6 +6,7 @@ and the HTML page is made of the same text, so the two cannot differ.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -17,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from reports.charts import difference_text
-from reports.comparison import Comparison, compare
+from reports.comparison import Comparison, Row, compare, pairs_of
 from reports.findings import KINDS as ORDER
 from reports.findings import Finding, findings, interval_text
 from reports.groups import duplicate_of
@@ -25,8 +26,10 @@ from reports.notes import render_notes
 from reports.page import KINDS, TEMPLATES, build_context, markdown_text, write_report, write_text
 from reports.provenance import Options, hours, provenance
 from reports.runs import FINISHED, ReportError, Run
+from reports.statistics import Difference, paired_difference
 
 FIGURES = ("effects",)
+TOGETHER = "All of these together, averaged by seed"
 ANALYSIS = Path("analysis") / "index.md"
 FITTED = "The training images are fitted better"
 """How the finding begins that stands on the page beside the differences; the others are in a study's own report."""
@@ -233,12 +236,14 @@ def write_studies(
     environment = Environment(loader=FileSystemLoader(TEMPLATES), keep_trailing_newline=True, autoescape=False)
     environment.filters["md"] = markdown_text
     sentences = [(rank, part, finding) for part in parts for rank, finding in part.sentences]
+    target = target_lines(studies, parts)
     context = {
         "studies": studies,
         "parts": parts,
         "sentences": sorted(sentences, key=lambda sentence: sentence[0]),
         "kinds": KINDS,
-        "target": target_lines(studies, parts),
+        "target": target,
+        "together": bool(target) and target[-1][0].startswith(TOGETHER),
         "hours": f"{hours(used):.1f}",
         "provenance": provenance(together, options),
         "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
@@ -262,10 +267,14 @@ def _analysis(out: Path) -> str:
 
 
 def target_lines(studies: Studies, parts: Sequence[Part]) -> list[tuple[str, str, str]]:
-    """(study, "met", "missed", "not shown" or "not run", the figures) for each study that the target names."""
+    """(study, "met", "missed", "not shown" or "not run", the figures) for each study that the target names.
+
+    And for all of them together, if more than one was run.
+    """
     target, lines = studies.target, []
     if target is None:
         return []
+    found: list[tuple[Comparison, Row]] = []
     for part in (part for part in parts if part.study.name in target.studies):
         comparison = part.comparison
         rows = [row for row in comparison.rows if row.group.experts == target.experts] if comparison else []
@@ -273,9 +282,30 @@ def target_lines(studies: Studies, parts: Sequence[Part]) -> list[tuple[str, str
         if comparison is None or row is None or row.difference is None:
             lines.append((part.study.title, "not run", "no pair of runs"))
             continue
-        found = row.difference
-        above = found.low is not None and found.low > 0
-        met = above and found.mean >= target.points
-        verdict = "met" if met else "not shown" if found.high is None or found.high >= target.points else "missed"
-        lines.append((part.study.title, verdict, f"{row.label}: {interval_text(comparison.metric, found)}"))
+        found.append((comparison, row))
+        figures = f"{row.label}: {interval_text(comparison.metric, row.difference)}"
+        lines.append((part.study.title, _verdict(row.difference, target), figures))
+    if (together := averaged_by_seed(found)) is not None:
+        name = f"{TOGETHER} ({len(found)} studies)"
+        lines.append((name, _verdict(together, target), interval_text(found[0][0].metric, together)))
     return lines
+
+
+def _verdict(found: Difference, target: Target) -> str:
+    above = found.low is not None and found.low > 0
+    met = above and found.mean >= target.points
+    return "met" if met else "not shown" if found.high is None or found.high >= target.points else "missed"
+
+
+def averaged_by_seed(found: Sequence[tuple[Comparison, Row]]) -> Difference | None:
+    """One difference for each seed that all studies have a pair of: its mean over the studies.
+
+    Runs of one seed see the images in one order, whatever the network, so pairs of one seed are not independent, and
+    the interval is over seeds. None for fewer than two studies, or without a seed that all have.
+    """
+    pairs = [pairs_of(row, row.baseline, each.metric) for each, row in found if row.baseline is not None]
+    if len(pairs) < 2:
+        return None
+    common = set.intersection(*(set(each) for each in pairs))
+    means = [tuple(math.fsum(each[seed][i] for each in pairs) / len(pairs) for i in (0, 1)) for seed in sorted(common)]
+    return paired_difference([(ours, twin) for ours, twin in means])

@@ -93,6 +93,22 @@ def test_a_target_is_missed_only_where_the_interval_says_so(runs: Path, tmp_path
         assert f"| Experts | **{verdict}** |" in plain
 
 
+def test_the_studies_of_a_target_are_averaged_by_seed(runs: Path, tmp_path: Path) -> None:
+    """Experts gain 1.0, 1.2, 1.1 points; the other backbone 2.0 and 0.0 with the first two seeds: 1.5 and 0.6."""
+    assert "averaged by seed" not in make(runs, tmp_path / "one")[0]
+    for seed, gain in ((1, 0.02), (2, 0.0), (4, 0.9)):
+        for experts in (0, 8):
+            top1 = 0.5 + gain * (experts > 0)
+            write_run(
+                runs / "backbone", experts, seed, top1, folder=f"e-{experts}_seed-{seed}", overrides={"model.width": 2}
+            )
+    plain, _, _ = make(runs, tmp_path / "out")
+    # The t quantile of one degree of freedom is 12.706, so half the interval is 12.706 x 0.45.
+    figures = "+1.05 points (95 % interval −4.67 to +6.77, n = 2)"
+    assert f"| All of these together, averaged by seed (2 studies) | **not shown** | {figures} |" in plain
+    assert "no part of" in plain
+
+
 def test_a_finished_run_is_not_replaced_by_another_root(runs: Path, tmp_path: Path) -> None:
     """Neither by a job that is only planned there, nor by a run that failed, nor by one that ended earlier."""
     other = tmp_path / "other" / "experts"
