@@ -12,7 +12,7 @@ from torch import Tensor
 from condconv.ops import reference
 from condconv.ops.operator import conv2d, convolve, is_unobserved, needs_plain_torch
 from condconv.ops.registry import AUTO, REFERENCE, check_name
-from condconv.ops.spec import ConvSpec, mixing_dtype, without_autocast
+from condconv.ops.spec import ConvSpec, mixing_dtype, under_autocast, without_autocast
 
 _debug = False
 
@@ -109,12 +109,12 @@ def _compute_input(x: Tensor, weight: Tensor) -> Tensor:
         raise ValueError(
             f"x must be floating point, got {x.dtype}; convert images with x.float() / 255 or a normalisation."
         )
-    available = torch.amp.is_autocast_available(x.device.type)
-    if available and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    autocast = under_autocast(x.device)
+    if autocast and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(x.device.type))
     if x.dtype != weight.dtype:
-        autocast = "" if available and torch.is_autocast_enabled(x.device.type) else ", or use torch.autocast"
-        raise ValueError(f"x is {x.dtype} but the weight is {weight.dtype}; convert one{autocast}.")
+        advice = "" if autocast else ", or use torch.autocast"
+        raise ValueError(f"x is {x.dtype} but the weight is {weight.dtype}; convert one{advice}.")
     return x
 
 

@@ -195,7 +195,19 @@ def mixing_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
 
 
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+# torch 2.8 cannot trace it. What torch.compiler.assume_constant_result does, which would load the compiler, seconds.
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def under_autocast(device: torch.device) -> bool:
+    """Whether autocast is on for this device; some have none, as the one of meta tensors."""
+    return _has_autocast(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast off for this device; nothing where it is off, or where there is none, as on meta tensors."""
-    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if on else nullcontext()
+    """Autocast off for this device; nothing where it is off."""
+    return torch.autocast(device.type, enabled=False) if under_autocast(device) else nullcontext()
