@@ -18,7 +18,8 @@ from configs.messages import run_as_command
 from models.weights import read_weights
 
 TINY = (
-    *("model=ssd_mobilenet_v1", "model.width=0.25", "condconv.experts=2", "data.image_size=64", "logger=none"),
+    *("model=ssd_mobilenet_v1", "model.width=0.25", "model.depth=0.5", "condconv.experts=2", "data.image_size=64"),
+    "logger=none",
     *("data.num_train=8", "data.num_val=6", "data.batch_size_per_device=4", "trainer.max_epochs=1"),
 )
 

@@ -16,7 +16,7 @@ from models.exporting import BATCHES, export_onnx, export_torch, onnx_runner
 
 def detector(experts: int = 2) -> torch.nn.Module:
     torch.manual_seed(0)
-    net = create_detector(num_classes=3, experts=experts, image_size=64, width=0.25, router_gain=1.0)
+    net = create_detector(num_classes=3, experts=experts, image_size=64, width=0.25, depth=0.5, router_gain=1.0)
     for _ in range(3):
         net.train()(torch.randn(8, 3, 64, 64))
     for predictor in net.head.predictors:  # scores and boxes that differ, as after training
