@@ -25,7 +25,8 @@ JOBS = {
     "causes": "router_gain-0.0_router-0.0_experts-8 router_gain-0.0_router-0.0_model-resnet18_width-0.125_experts-8 "
     "expert-0.5_experts-8 expert-0.0_experts-8 router-10.0_experts-8 "
     "router-0.1_experts-8 expert_dropout-0.1_experts-8 init-independent_experts-8 "
-    "base_lr-0.8_router-10.0_experts-8 base_lr-0.8_router_gain-5.0_experts-8 base_lr-0.8_router_gain-0.0_router-0.0_experts-8",
+    "base_lr-0.8_router-10.0_experts-8 base_lr-0.8_router_gain-5.0_experts-8 "
+    "base_lr-0.8_router_gain-0.0_router-0.0_experts-8",
     "tuned": " ".join(
         f"{model}_base_lr-0.8_experts-{experts}"
         for experts in (0, 8)
