@@ -6,7 +6,7 @@ and the HTML page is made of the same text, so the two cannot differ.
 
 from __future__ import annotations
 
-import math
+import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -301,11 +301,15 @@ def averaged_by_seed(found: Sequence[tuple[Comparison, Row]]) -> Difference | No
     """One difference for each seed that all studies have a pair of: its mean over the studies.
 
     Runs of one seed see the images in one order, whatever the network, so pairs of one seed are not independent, and
-    the interval is over seeds. None for fewer than two studies, or without a seed that all have.
+    the interval is over seeds. None for fewer than two studies, without a seed that all have, or if they compare
+    different figures.
     """
-    pairs = [pairs_of(row, row.baseline, each.metric) for each, row in found if row.baseline is not None]
-    if len(pairs) < 2:
+    if len(found) < 2 or len({each.metric for each, _ in found}) > 1:
         return None
-    common = set.intersection(*(set(each) for each in pairs))
-    means = [tuple(math.fsum(each[seed][i] for each in pairs) / len(pairs) for i in (0, 1)) for seed in sorted(common)]
-    return paired_difference([(ours, twin) for ours, twin in means])
+    pairs = [pairs_of(row, row.baseline, each.metric) for each, row in found if row.baseline is not None]
+    common = sorted(set.intersection(*(set(each) for each in pairs)))
+    return paired_difference([(_mean(pairs, seed, 0), _mean(pairs, seed, 1)) for seed in common])
+
+
+def _mean(pairs: Sequence[Mapping[str, tuple[float, float]]], seed: str, place: int) -> float:
+    return statistics.fmean(each[seed][place] for each in pairs)
