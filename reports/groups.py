@@ -16,6 +16,10 @@ SEED, EXPERTS = "seed", "condconv.experts"
 # Of a run rather than of what is measured.
 NOT_SETTINGS = ("seed", "name", "paths", "logger", "resume", "sweep_dir", "retry_failed", "hydra")
 NOT_SETTINGS += ("trainer.default_root_dir", "callbacks.progress")
+# Follows from callbacks.checkpoint.monitor: null does what the word does that runs of earlier versions have.
+NOT_SETTINGS += ("callbacks.checkpoint.mode",)
+EARLIER: Settings = {"regularization": True}
+"""What runs of earlier versions did, whose configs lack the key: they are the same training as later ones with it."""
 OF_EXPERTS = re.compile(r"condconv\.|optim\.optimizer\.\w+_by_role\.(router|expert)$")
 """Settings that touch no static network: a static one has neither routers nor experts to give a rate or a decay to."""
 ROOMS = ("condconv.", "model.", "data.", "optim.", "task.", "trainer.")
@@ -61,7 +65,7 @@ def settings_of(run: Run) -> Settings:
 
     A static network ignores every setting `OF_EXPERTS`, so its runs are told apart by none of them.
     """
-    flat = dict(flatten(run.config))
+    flat = EARLIER | dict(flatten(run.config))
     seed, name, folder = flat.get(SEED), flat.get("name"), flat.get("paths.run")
     static = flat.get(EXPERTS) == 0
     settings: Settings = {}

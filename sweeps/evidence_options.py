@@ -36,7 +36,7 @@ stopped.
 """
 OPTIONS = ("studies", "protocol", "runs", "jobs", "seeds", "order", "keep", "out")
 STUDIES = ("experts", "second_backbone", "tuning", "tuned", "upcycled", "router_gain", "controls")
-STUDIES += ("first_block", "routing", "causes", "regimes")
+STUDIES += ("one_expert", "first_block", "routing", "causes", "regimes")
 """In the order in which they are run; `upcycled` needs the static networks of `experts`."""
 OWN_SEEDS: Mapping[str, tuple[str, ...]] = {"tuning": ("11",)}
 """Of studies that seeds= does not reach: what is tuned on held-out images shares no seed with what is compared."""

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
+from condconv.analysis import DEAD, RoutingSummary, record_routing
 from condconv.analysis import RoutingStatistics as Accumulator
-from condconv.analysis import record_routing
 from condconv.routing import Router
 
 
@@ -18,7 +19,8 @@ class RoutingStatistics(Callback):
 
     The figures are defined in `condconv.analysis`. Loggers with `log_histograms` (W&B) also get, for each router, the
     histogram of all its weights. Networks without routers (experts=0) are left alone. The figures are of the raw
-    weights, also where a moving average is evaluated beside them.
+    weights, also where a moving average is evaluated beside them. A block all of whose experts are dead passes nothing
+    on; it is said once.
 
     Args:
         max_batches: validation batches that are looked at; hooks are on the routers only while these pass.
@@ -30,6 +32,7 @@ class RoutingStatistics(Callback):
         self.max_batches = max_batches
         self._hooks = ExitStack()
         self._statistics: dict[str, Accumulator] = {}
+        self._said: set[str] = set()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._statistics = {}
@@ -59,6 +62,7 @@ class RoutingStatistics(Callback):
             if not statistics.num_examples:
                 continue
             summary = statistics.compute()
+            self._say_if_closed(block, summary)
             scalars |= {f"routing/{block}/{key}": value for key, value in summary.scalars().items()}
             histograms[f"routing/{block}/weights"] = summary.histogram.sum(0)
         if not scalars:
@@ -69,6 +73,16 @@ class RoutingStatistics(Callback):
             logger.log_metrics(scalars, step=step)
             if hasattr(logger, "log_histograms"):
                 logger.log_histograms(histograms, step=step)
+
+    def _say_if_closed(self, block: str, summary: RoutingSummary) -> None:
+        if summary.num_dead < len(summary.mean) or block in self._said:
+            return
+        self._said.add(block)
+        rank_zero_warn(
+            f"{block}: its router has closed. No routing weight was above {DEAD} on any of {summary.num_examples} "
+            "validation images, so its CondConv layers pass nothing on, and the network may not recover. Seen with one "
+            "expert: take more of them, or slower routers (+optim.optimizer.lr_factor_by_role.router=0.1)."
+        )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._hooks.close()

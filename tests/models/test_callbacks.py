@@ -127,6 +127,20 @@ def test_routing_statistics_are_of_the_raw_weights_alone() -> None:
     assert recorder.metrics["routing/dead_experts"] == [1]
 
 
+@pytest.mark.parametrize(("bias", "count"), [([-8.0, -8.0, -8.0], 1), ([0.0, -8.0, -8.0], 0)])
+def test_a_block_without_a_living_expert_is_said_once(bias: list[float], count: int) -> None:
+    model = module()
+    with torch.no_grad():
+        model.net.first.router.fc.bias.copy_(torch.tensor(bias))
+        model.net.first.router.fc.weight.zero_()
+    model.optimizer = partial(build_optimizer, name="sgd", lr=0.0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(model, RoutingStatistics(), max_epochs=2)
+    said = [str(each.message) for each in caught if "router has closed" in str(each.message)]
+    assert len(said) == count and all(text.startswith("first: ") and "12 validation images" in text for text in said)
+
+
 def test_routing_statistics_leave_no_hooks_and_no_trace_in_static_networks() -> None:
     model = module()
     fit(model, RoutingStatistics(max_batches=100), logger=Recorder())

@@ -127,6 +127,16 @@ def test_names_and_folders_of_runs_are_no_settings(tmp_path: Path) -> None:
     assert found.rows[0].group.settings["callbacks.checkpoint.dirpath"] == "<run>/checkpoints"
 
 
+def test_runs_of_before_a_setting_was_there_are_the_same_training(tmp_path: Path) -> None:
+    older = write_run(tmp_path, 0, 1, overrides={"callbacks.checkpoint.mode": "max"})
+    write_run(tmp_path, 0, 2, overrides={"regularization": True, "callbacks.checkpoint.mode": None})
+    write_run(tmp_path, 0, 3, overrides={"regularization": False})
+    assert "regularization" not in (older / "config.yaml").read_text()
+    found = compared(tmp_path)
+    assert found.columns == ["regularization"]
+    assert {row.group.settings["regularization"]: row.value.n for row in found.rows} == {True: 2, False: 1}
+
+
 def test_derived_settings_do_not_become_columns(tmp_path: Path) -> None:
     for lr in (0.001, 0.002):
         write_run(tmp_path, 0, 1, overrides={"optim.lr": lr})

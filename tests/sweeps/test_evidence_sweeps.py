@@ -17,7 +17,8 @@ JOBS = {
     "experts": "experts-0 experts-8 experts-4 experts-16 experts-1",
     "second_backbone": "experts-0_model-resnet18_width-0.125 experts-8_model-resnet18_width-0.125",
     "router_gain": "model-mobilenet_v1_experts-8_router_gain-0.01 "
-    "model-resnet18_width-0.125_experts-8_router_gain-0.01 model-mobilenet_v1_experts-1_router_gain-0.01",
+    "model-resnet18_width-0.125_experts-8_router_gain-0.01",
+    "one_expert": "router_gain-0.01_experts-1 router-0.1_experts-1",
     "routing": " ".join(f"experts-8_routing-{name}" for name in ROUTINGS if name != "fc"),
     "first_block": " ".join(f"experts-8_from_block-{block}" for block in (1, 13, 10, 3)),
     "controls": "experts-0_width-0.27 experts-0_width-0.709",
@@ -65,7 +66,7 @@ def test_settings_of_all_studies_leave_each_its_jobs() -> None:
         )
         assert names == again, path.stem
         with_variants += "variants" in options
-    assert with_variants == 6
+    assert with_variants == 7
 
 
 @pytest.mark.parametrize(
