@@ -61,9 +61,7 @@ def explain(error: BaseException, config_name: str = "train") -> str:
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         return explain(error.__cause__, config_name)
     if isinstance(error, MissingConfigException) and error.options is not None:
-        group, _, name = (error.missing_cfg_file or "").rpartition("/")
-        options = [option for option in error.options if option != name]
-        return f"There is no {group}={name}. {did_you_mean(name, options)}Choose one of: {', '.join(options)}."
+        return _explain_missing(error.missing_cfg_file or "", error.options)
     if isinstance(error, ConfigCompositionException):
         return _explain_composition(error, config_name)
     if isinstance(error, OverrideParseException):
@@ -77,6 +75,21 @@ def explain(error: BaseException, config_name: str = "train") -> str:
     place = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None
     where = f" ({Path(place.filename).name}:{place.lineno})" if place else ""
     return f"{type(error).__name__}: {error}{where}. This looks like a mistake in the code rather than in the command."
+
+
+def _explain_missing(file: str, options: Iterable[str]) -> str:
+    """No such choice of a group. Hydra's options are the files of the group itself, ours may lie in folders of it."""
+    group, _, name = file.rpartition("/") if file.startswith("hydra/") else file.partition("/")
+    ours = [path for path in (CONFIGS / group).rglob("[!_]*.yaml") if path.stem != "as_trained"]
+    names = {path.relative_to(CONFIGS / group).with_suffix("").as_posix() for path in ours}
+    names |= set(options) - {name, "as_trained"}  # of folders that --config-dir adds
+    folder, leaf = name.rpartition("/")[0], name.rpartition("/")[2]
+    same = sorted(other for other in names if other.rpartition("/")[2] == leaf)
+    choices = {other for other in names if other.rpartition("/")[0] == folder}
+    if not folder or not choices:
+        choices = {other.partition("/")[0] + "/..." * ("/" in other) for other in names}
+    hint = f"Did you mean {same[0]!r}? " if same else did_you_mean(name, sorted(names))
+    return f"There is no {group}={name}. {hint}Choose one of: {', '.join(sorted(choices))}."
 
 
 def _explain_unreadable(argument: str, error: str) -> str:

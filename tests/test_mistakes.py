@@ -37,6 +37,18 @@ TRAIN_MISTAKES = {
     "image size 8": ("data.image_size=8", "32 pixels is the smallest"),
     "batch larger than the data": ("data.batch_size_per_device=2000", "larger than the 1438 training images"),
     "batch of nothing": ("data.batch_size_per_device=0", "batch_size_per_device"),
+    "recipe without its folder": (
+        "experiment=mobilenet_v1_static",
+        "no experiment=mobilenet_v1_static.",
+        "Did you mean 'imagenet/mobilenet_v1_static'?",
+        "cifar10/..., cifar10_authors_miniature, coco/...,",
+    ),
+    "recipe misspelt": (
+        "experiment=imagenet/resnet50_sttic",
+        "no experiment=imagenet/resnet50_sttic.",
+        "Did you mean 'imagenet/resnet50_static'?",
+        "Choose one of: imagenet/efficientnet_b0_condconv4,",
+    ),
     "batch larger than the recipe's step": (
         "experiment=imagenet/resnet50_static data.root=. data.batch_size_per_device=2048",
         "data.batch_size_per_device=2048 on 1 device(s) is 2048 images at once",

@@ -247,7 +247,8 @@ def test_a_time_limit_leaves_the_sweep_unfinished(commands: Commands, monkeypatc
 def test_mistakes_stop_the_sweep_before_its_first_job(commands: Commands) -> None:
     for wrong, message in (
         ("condconv.expert=1,2", "There is no setting 'condconv.expert'"),
-        ("sweep=exprts", "There is no sweep=exprts"),
+        ("sweep=exprts", "There is no sweep=exprts. Did you mean 'experts'?"),
+        ("sweep=cifar10/one_expertt", "There is no sweep=cifar10/one_expertt. Did you mean 'cifar10/one_expert'?"),
         ("launcher=slurm", "There is no launcher=slurm"),
         ("optim.lr=interval(0,1)", "an interval has no list of values"),
         ("hydra/launcher=submitit", "hydra/launcher"),
