@@ -3,9 +3,10 @@
 The rule knows few facts. Kernel mixing moves N x P numbers and costs E multiply-adds for each; running every expert
 costs E convolutions. So on maps of few positions the mixture form is cheaper, on larger maps mixing first. Dense k x k
 layers go to products of unfolded patches, on a CPU with large maps and stride 1 to the library's grouped convolution,
-which unfolds nothing (docs/experiments.md, "Which algorithm for k x k layers on a CPU?"). Nothing has been measured on
-a GPU yet, so there the rule never names a Triton kernel: batched matrix products, the mixture form and grouped
-convolution are its candidates.
+which unfolds nothing (docs/experiments.md, "Which algorithm for k x k layers on a CPU?"). With one expert there is
+nothing to mix: the mixture form is the library's own convolution and a scale ("Which algorithm for one expert?", same
+place, says where it is not faster). Nothing has been measured on a GPU yet, so there the rule never names a Triton
+kernel: batched matrix products, the mixture form and grouped convolution are its candidates.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ def rule(problem: Problem) -> Choice:
     is_scale = problem.spec.groups > 1 and live_RS == (1, 1)
     if problem.batch == 1 and problem.device == "cpu" and not is_scale:
         return Choice("single", "one example: a static convolution, once its kernel is mixed")
+    if problem.experts == 1 and live_RS != (1, 1) and (live_RS == (3, 3) or not problem.is_depthwise):
+        return Choice("mixture", "one expert: a static convolution, whose outputs are scaled")
     if problem.is_depthwise:
         return Choice("depthwise", "depthwise: the batch folds into the channels")
     spec = problem.spec._replace(padding=(taps_R.padding, taps_S.padding))

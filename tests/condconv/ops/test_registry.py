@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from oracle import CPU_BACKENDS, Case
@@ -75,6 +77,17 @@ def test_unknown_names_get_the_nearest(name: str, hint: str) -> None:
 def test_a_name_like_no_other_gets_the_list_alone() -> None:
     with pytest.raises(ValueError, match=r"Unknown CondConv backend 'zzz'\. Available: auto"):
         check_name("zzz")
+
+
+def test_one_expert_needs_no_kernels_of_examples() -> None:
+    for case in (DENSE, GROUPED, DEPTHWISE._replace(kernel=(3, 3))):
+        problem = case._replace(batch=8, experts=1, size=(14, 14)).problem(torch.float32, True)
+        assert choose(problem).backend == "mixture"
+        assert choose(replace(problem, experts=2)).backend != "mixture"
+    # Where it was measured to be no faster: as with more experts.
+    for case in (POINTWISE, DEPTHWISE._replace(kernel=(5, 5), padding=(2, 2))):
+        problem = case._replace(batch=8, experts=1, size=(14, 14)).problem(torch.float32, True)
+        assert choose(problem).backend == choose(replace(problem, experts=2)).backend != "mixture"
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
