@@ -80,9 +80,7 @@ def explain(error: BaseException, config_name: str = "train") -> str:
 def _explain_missing(file: str, options: Iterable[str]) -> str:
     """No such choice of a group. Hydra's options are the files of the group itself, ours may lie in folders of it."""
     group, _, name = file.rpartition("/") if file.startswith("hydra/") else file.partition("/")
-    ours = [path for path in (CONFIGS / group).rglob("[!_]*.yaml") if path.stem != "as_trained"]
-    names = {path.relative_to(CONFIGS / group).with_suffix("").as_posix() for path in ours}
-    names |= set(options) - {name, "as_trained"}  # of folders that --config-dir adds
+    names = {*_choices(group), *options} - {name, "as_trained"}  # Hydra's: of folders that --config-dir adds
     folder, leaf = name.rpartition("/")[0], name.rpartition("/")[2]
     same = sorted(other for other in names if other.rpartition("/")[2] == leaf)
     choices = {other for other in names if other.rpartition("/")[0] == folder}
@@ -132,17 +130,24 @@ def _takes(config_name: str, parent: str, name: str) -> bool:
 def _owners(key: str, config_name: str) -> list[str]:
     """The choices of its group that have a setting: data.root is one of data=imagenet, not of data=digits."""
     group, leaf = key.partition(".")[0], key.rpartition(".")[2]
-    files = sorted(path for path in (CONFIGS / group).glob("[!_]*.yaml") if path.stem != "as_trained")
-    if "." not in key or not any(f"{leaf}:" in path.read_text(encoding="utf-8") for path in files):
+    files = _choices(group)
+    if "." not in key or not any(f"{leaf}:" in path.read_text(encoding="utf-8") for path in files.values()):
         return []  # a wrong spelling: no need to compose them all
     owners = []
-    for choice in [f"{group}={path.stem}" for path in files]:
+    for choice in [f"{group}={name}" for name in files]:
         try:
             if key in known_keys(config_name, choice):
                 owners.append(choice)
         except ConfigCompositionException:  # of a command that has no such group
             continue
     return owners
+
+
+def _choices(group: str) -> dict[str, Path]:
+    """What a group offers, with the files; those in its folders as `folder/name`."""
+    folder = CONFIGS / group
+    files = sorted(path for path in folder.rglob("[!_]*.yaml") if path.stem != "as_trained")
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}
 
 
 def known_keys(config_name: str, *overrides: str) -> list[str]:
