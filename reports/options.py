@@ -9,7 +9,7 @@ from reports.runs import ReportError
 HELP = """Compare finished runs: one HTML page that needs no network, Markdown, figures as SVG, and CSV.
 
   python report.py runs=outputs                                  every run below a folder, each against its static twin
-  python report.py runs=multirun/experts out=docs/results/experts links=false notes=notes.md
+  python report.py runs=outputs/sweeps/experts-1a2b3c out=docs/results/experts links=false notes=notes.md
   python report.py runs=a runs=b baseline=condconv.experts=0,model.width=0.25
 
   runs=       folder of runs, of a sweep, or of W&B's offline runs; may be given several times

@@ -196,7 +196,7 @@ def started_by_lightning(trainer: Trainer) -> bool:
 class BestCheckpoint(ModelCheckpoint):
     """Lightning's choice of the best epochs; a checkpoint that cannot be written, or must not be, stops all processes.
 
-    With `save_top_k` above 1 give the files names: `filename=best-epoch{epoch:03d}`.
+    With `save_top_k` above 1 give the files names: `filename='best-epoch{epoch:03d}'` (Hydra wants the quotes).
 
     Args:
         mode: whether the largest ("max") or the smallest ("min") value is the best; None: the smallest of a loss.
