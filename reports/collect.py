@@ -75,8 +75,10 @@ def collect(root: Path, out: Path) -> tuple[list[str], list[str]]:
         copied.append(name)
     for path in sorted(root.rglob(SWEEP)):
         if (out / path.relative_to(root).parent).is_dir():
-            content = json.loads(path.read_text(encoding="utf-8"))
-            _write_json(out / path.relative_to(root), portable(content, roots))
+            content = portable(json.loads(path.read_text(encoding="utf-8")), roots)
+            target = out / path.relative_to(root)
+            before = json.loads(target.read_text(encoding="utf-8")) if target.is_file() else {}
+            _write_json(target, {**content, "jobs": {**before.get("jobs", {}), **content["jobs"]}})
     return copied, unfinished
 
 

@@ -149,7 +149,7 @@ def compare(runs: Sequence[Run], metric: str | None = None, baseline: str | None
     finished = [run for run in runs if not run.reason]
     chosen = choose_metric(finished, metric)
     for run in finished:
-        value = run.figures.get(chosen.name)
+        value = run.figure(chosen.name)
         if value is None and chosen.name not in run.figure_names:
             run.reason = f"finished, but has no figure {chosen.name}"
         elif value is None or not math.isfinite(value):
@@ -178,7 +178,7 @@ def _row(group: Group, metric: Metric, train: Metric, best: Metric) -> Row:
         seconds_per_epoch=costs["seconds_per_epoch"],
         cpu_seconds_per_epoch=costs["cpu_seconds_per_epoch"],
         peak_memory_mb=costs["peak_memory_mb"],
-        train=_spread(runs, lambda run: _scaled(train, run.figures.get(train.name))),
+        train=_spread(runs, lambda run: _scaled(train, run.figure(train.name))),
         best=_spread(runs, lambda run: _scaled(best, run.best.get(best.name))),
         cautions=_cautions(runs),
     )
@@ -245,10 +245,10 @@ def _pair(rows: list[Row], metric: Metric, train: Metric, baseline: str | None) 
 
 def pairs_of(row: Row, other: Row, metric: Metric) -> dict[str, tuple[float, float]]:
     """Figures (a row's, another's), scaled, by the seeds that have both."""
-    theirs = {show(run.seed): run.figures.get(metric.name) for run in other.group.runs}
+    theirs = {show(run.seed): run.figure(metric.name) for run in other.group.runs}
     pairs = {}
     for run in row.group.runs:
-        ours, twin = _scaled(metric, run.figures.get(metric.name)), _scaled(metric, theirs.get(show(run.seed)))
+        ours, twin = _scaled(metric, run.figure(metric.name)), _scaled(metric, theirs.get(show(run.seed)))
         if ours is not None and twin is not None:
             pairs[show(run.seed)] = (ours, twin)
     return pairs

@@ -73,7 +73,7 @@ def _marks(points: Sequence[tuple[float, float, float, float]]) -> list[float]:
 def mean_curve(
     curves: Sequence[Sequence[tuple[float, float]]], metric: Metric
 ) -> list[tuple[float, float, float, float]]:
-    """(x, lowest, mean, highest) where every run that has the curve has a point, at most `MAX_POINTS`."""
+    """(x, lowest, mean, highest) where every run with the curve has a point, the last among at most `MAX_POINTS`."""
     curves = [curve for curve in curves if curve]
     if not curves:
         return []
@@ -86,5 +86,5 @@ def mean_curve(
         found = spread(values)
         if found is not None and found.n == len(curves):
             points.append((x, min(values), found.mean, max(values)))
-    stride = -(-len(points) // MAX_POINTS)
-    return points[::stride] if stride > 1 else points
+    stride = -(-(len(points) - 1) // (MAX_POINTS - 1))
+    return [*points[:-1:stride], points[-1]] if stride > 1 else points

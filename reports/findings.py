@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from reports.comparison import Comparison, Metric
-from reports.groups import EXPERTS, experts_label
+from reports.groups import EXPERTS, experts_label, show
 from reports.statistics import Difference
 
 KINDS = ("summary", "worse", "unclear", "single", "better", "fact", "caution", "cost")
@@ -101,6 +101,12 @@ def _cautions(comparison: Comparison) -> list[Finding]:
     if partly:
         pairs = _list([f"{row.label} ({row.difference.n} of {row.value.n})" for row in partly if row.difference])
         found.append(f"Not every run has a partner of its seed; only pairs are compared: {pairs}.")
+    wider = [
+        row for row in rows if row.baseline and row.difference is not None and row.difference.n < row.baseline.value.n
+    ]
+    if wider:
+        text = "Means of what they are compared with are over more seeds, so they do not differ by the difference shown"
+        found.append(f"{text}: {_list([row.label for row in wider])}.")
     if comparison.left_out:
         many = len(comparison.left_out)
         found.append(f"{many} run{'s' if many > 1 else ''} left out, not averaged in; the reasons are listed below.")
@@ -174,18 +180,27 @@ def _costs(comparison: Comparison) -> list[Finding]:
 
 
 def _means(comparison: Comparison) -> list[Finding]:
-    """The means over experts in order, where experts alone vary."""
+    """The means over experts in order, over the seeds that all have, where experts alone vary."""
     metric, rows = comparison.metric, comparison.rows
     if comparison.columns != [EXPERTS] or len(rows) < 3:
         return []
-    means = ", ".join(f"{experts_label(row.group.experts)} {metric.text(row.value.mean)}" for row in rows)
-    values = [row.value.mean for row in rows]
+    seeds = set.intersection(*({show(run.seed) for run in row.group.runs} for row in rows))
+    if not seeds:
+        return []
+    values = [
+        statistics.fmean(metric.scaled(run.figures[metric.name]) for run in row.group.runs if show(run.seed) in seeds)
+        for row in rows
+    ]
+    means = ", ".join(
+        f"{experts_label(row.group.experts)} {metric.text(value)}" for row, value in zip(rows, values, strict=True)
+    )
     rising = all(a <= b for a, b in itertools.pairwise(values))
     falling = all(a >= b for a, b in itertools.pairwise(values))
     shape = (
         "rise with every step" if rising else "fall with every step" if falling else "neither only rise nor only fall"
     )
-    return [Finding("fact", f"Means of {metric.title} by experts {shape}: {means}.")]
+    which = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(sorted(seeds))}"
+    return [Finding("fact", f"Means of {metric.title} by experts ({which}) {shape}: {means}.")]
 
 
 def _list(words: Sequence[str], most: int = 8) -> str:

@@ -60,7 +60,9 @@ def provenance(comparison: Comparison, options: Options) -> list[tuple[str, str]
     folders = {run.folder.parent for run in (*runs, *left)}
     commands = [sweep.command for sweep in options.sweeps if sweep.command and sweep.folder in folders]
     resumed = sum((run.number("parts") or 1) > 1 for run in runs)
-    n = f"{len(runs)} runs count, {len(left)} are left out; {resumed} were stopped and resumed"
+    planned = sum(run.status == "not started" for run in left)
+    waiting = f", {planned} are planned and not started" if planned else ""
+    n = f"{len(runs)} runs count, {len(left) - planned} are left out{waiting}; {resumed} were stopped and resumed"
     return [
         ("runs", n),
         ("training time", f"{hours(runs):.2f} hours of the runs that count, {hours(left):.2f} of those left out"),

@@ -64,6 +64,11 @@ class Run:
     def figures(self) -> dict[str, float]:
         return numbers(self.result.get("figures"))
 
+    def figure(self, name: str) -> float | None:
+        """A figure by its name; of the training loss, which is logged step by step, the last epoch's mean."""
+        points = self.curves.get(name) if name == "train/loss" else None
+        return points[-1][1] if points else self.figures.get(name)
+
     @property
     def figure_names(self) -> set[str]:
         """Of all figures, also those whose value JSON has no number for."""

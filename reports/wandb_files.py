@@ -8,6 +8,7 @@ apart here and the messages by wandb's own classes.
 from __future__ import annotations
 
 import json
+import statistics
 import struct
 import zlib
 from collections.abc import Iterator
@@ -135,12 +136,14 @@ def _numbers(mapping: dict[str, Any]) -> dict[str, float]:
 
 
 def _fill_result(run: Run, last: dict[str, float], history: list[dict[str, float]]) -> None:
-    """The keys of result.json, as far as W&B knows them."""
+    """The keys of result.json, as far as W&B knows them: a training of ours wrote them into the summary at its end."""
     run.result["figures"] = {k: v for k, v in last.items() if k.split("/")[0] in ("train", "val", "val_ema", "test")}
     run.result["model"] = {k.removeprefix("model/"): v for k, v in last.items() if k.startswith("model/")}
-    run.result["seconds"] = last.get("_runtime", last.get("_wandb/runtime"))
-    speeds = sorted(line[SPEED] for line in history if SPEED in line)
+    run.result |= {k.removeprefix("result/"): v for k, v in last.items() if k.startswith("result/")}
+    # W&B's own clock starts anew in every part of a run that was resumed.
+    run.result.setdefault("seconds", last.get("_runtime", last.get("_wandb/runtime")))
+    speeds = [line[SPEED] for line in history if SPEED in line]
     if speeds:
-        run.result["images_per_second"] = speeds[len(speeds) // 2]
+        run.result.setdefault("images_per_second", statistics.median(speeds))
     epochs = [line["epoch"] for line in history if "epoch" in line and any(k.startswith("train/") for k in line)]
     run.result["epochs"] = max(epochs) + 1 if epochs else None

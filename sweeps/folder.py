@@ -13,7 +13,7 @@ from pathlib import Path
 
 from configs.messages import UserError
 from configs.results import code_version, now
-from sweeps.plan import HARMLESS, Plan, key_of
+from sweeps.plan import Plan, is_harmless, key_of
 
 SWEEP_FILE = "sweep.json"
 LOCK_FILE = ".sweep.lock"
@@ -28,7 +28,7 @@ def save_plan(folder: Path, plan: Plan) -> None:
         UserError: it holds a sweep with other settings, whose finished jobs would be taken for this one's.
     """
     path = folder / SWEEP_FILE
-    fixed = sorted(o for o in plan.fixed if key_of(o).partition(".")[0] not in HARMLESS)
+    fixed = sorted(o for o in plan.fixed if not is_harmless(key_of(o)))
     jobs = {job.name: list(job.overrides) for job in plan.jobs}
     started = now()
     try:

@@ -66,6 +66,7 @@ class JobRun:
     devices: int = 1
     environment: dict[str, str] = field(default_factory=dict)
     ticket: str = ""
+    log_start: int = 0
 
     @property
     def name(self) -> str:
@@ -120,6 +121,8 @@ class JobRun:
         elif result is not None:  # else a job that breaks before its training begins would end as the earlier start did
             write_result(self.folder, {**result, "status": "running", "ended": None, "error": None})
         self.folder.mkdir(parents=True, exist_ok=True)
+        log = self.folder / LOG_FILE
+        self.log_start = log.stat().st_size if log.is_file() else 0
         self.ticket = secrets.token_hex(8)
         self.lock.write_text(self.ticket)
         self.begin()
@@ -197,8 +200,8 @@ class JobRun:
         return f"The process ended with code {code}; see {self.folder / LOG_FILE}."
 
     def log_tail(self, length: int = 20_000) -> str:
-        """The end of what the job said."""
-        return _tail(self.folder / LOG_FILE, length)
+        """The end of what the job has said since this start: the log goes on where an earlier one ended."""
+        return _tail(self.folder / LOG_FILE, length, self.log_start)
 
     def error(self) -> str:
         """Why it failed, or nothing."""
@@ -272,10 +275,10 @@ def _number(text: Any, otherwise: float | None) -> float | None:
         return otherwise
 
 
-def _tail(path: Path, length: int) -> str:
+def _tail(path: Path, length: int, start: int = 0) -> str:
     try:
         with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - length))
+            file.seek(max(start, path.stat().st_size - length))
             return file.read().decode(errors="replace")
     except OSError:
         return ""

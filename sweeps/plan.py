@@ -17,8 +17,9 @@ from sweeps.names import unique_names
 EXPERTS = "condconv.experts"
 # Of the sweep itself, not of its jobs.
 OWN_KEYS = ("sweep", "sweep_dir", "retry_failed", "hparams_search", "launcher")
-# What the same sweep may be given when it is started again.
+# What the same sweep may be given when it is started again, but for the callbacks that change what is trained.
 HARMLESS = ("logger", "callbacks", "paths", "name")
+TRAINING_CALLBACKS = ("average", "batchnorm")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,12 @@ class Plan:
 def key_of(override: str) -> str:
     """`model.width` of `model.width=0.25` and of `+model.width=0.25`."""
     return override.lstrip("+~").partition("=")[0]
+
+
+def is_harmless(key: str) -> bool:
+    """Whether jobs of one sweep may differ in this key from one start to the next."""
+    group, name = (*key.split("."), "")[:2]
+    return group in HARMLESS and not (group == "callbacks" and name in TRAINING_CALLBACKS)
 
 
 def belongs_to_sweep(key: str) -> bool:

@@ -24,7 +24,7 @@ from sweeps.folder import only_one, save_plan
 from sweeps.jobs import JobRun, quoted, state_on_disk
 from sweeps.launchers import InProcess, InTurn, make_launcher
 from sweeps.names import short_hash
-from sweeps.plan import HARMLESS, Job, Plan, belongs_to_sweep, key_of, make_plan, select, varied
+from sweeps.plan import Job, Plan, belongs_to_sweep, is_harmless, key_of, make_plan, select, varied
 
 REFRESH_S = 1.0
 # How much of a sweep is run, and how: what does not make another sweep of it.
@@ -86,9 +86,7 @@ class Sweep:
         """`sweep_dir=`, or one that follows from the command, so that the same command finds it again."""
         if self.config.sweep_dir is not None:
             return Path(self.config.sweep_dir).expanduser().absolute()
-        words = [
-            a for a in arguments if not belongs_to_sweep(key_of(a)) and key_of(a).partition(".")[0] not in HARMLESS
-        ]
+        words = [a for a in arguments if not belongs_to_sweep(key_of(a)) and not is_harmless(key_of(a))]
         kind = [a for a in arguments if key_of(a) in ("sweep", "hparams_search") or a.startswith("hydra.sweeper.")]
         kind = [a for a in kind if not a.startswith(NOT_OF_THE_FOLDER)]
         name = next((a.partition("=")[2] for a in kind if "." not in key_of(a)), "sweep")

@@ -52,7 +52,7 @@ def routing_panels() -> list[Any]:
     step = "trainer/global_step"
     whole = {"dead experts": "routing/dead_experts"}
     panels: list[Any] = [
-        wr.LinePlot(title=f"Routing {what} by depth", x=step, metric_regex=f"routing/.*/{what}")
+        wr.LinePlot(title=f"Routing {what} by depth", x=step, metric_regex=f"routing/.*/{what}$")
         for what in ("entropy", "saturation", "mean")
     ]
     return [*panels, *(wr.LinePlot(title=words, x=step, y=[key]) for words, key in whole.items())]

@@ -74,7 +74,9 @@ def test_mean_curves_are_of_all_runs_or_not_drawn() -> None:
     metric = Metric("val/top1")
     curves = [[(1.0, 0.1), (2.0, 0.2), (3.0, 0.3)], [(1.0, 0.3), (2.0, 0.2)], []]
     assert mean_curve(curves, metric) == [(1.0, 10.0, pytest.approx(20.0), 30.0), (2.0, 20.0, 20.0, 20.0)]
-    assert len(mean_curve([[(float(x), 0.5) for x in range(10_000)]], metric)) <= 150
+    for length in (150, 151, 300, 350, 10_000):
+        points = mean_curve([[(float(x), 0.5) for x in range(length)]], metric)
+        assert len(points) <= 150 and (points[0][0], points[-1][0]) == (0, length - 1)
 
 
 def test_groups_of_one_picture_have_colours_of_their_own(tmp_path: Path) -> None:

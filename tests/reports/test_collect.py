@@ -81,6 +81,11 @@ def test_one_line_for_each_epoch(tmp_path: Path) -> None:
 def test_what_was_collected_stays_and_later_runs_replace_it(runs: Path, tmp_path: Path) -> None:
     collect(runs, tmp_path / "out")
     assert collect(runs, tmp_path / "out")[0] == []
+    sweep = runs / "experts" / "sweep.json"
+    for job in ("experts-0_seed-1", "experts-0_seed-9"):  # of two machines, say, each with jobs of its own
+        sweep.write_text(json.dumps(json.loads(sweep.read_text()) | {"jobs": {job: []}}))
+        collect(runs, tmp_path / "out")
+    assert len(json.loads((tmp_path / "out" / "experts" / "sweep.json").read_text())["jobs"]) == 2
     result = runs / "experts" / "experts-0_seed-1" / "result.json"
     result.write_text(json.dumps(json.loads(result.read_text()) | {"ended": "2027-01-01T00:00:00+00:00"}))
     for path in (runs / "other" / "experts-8_seed-1").iterdir():

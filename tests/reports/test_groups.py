@@ -205,6 +205,24 @@ def test_detection_runs_are_compared_by_their_ap(tmp_path: Path) -> None:
     assert [round(row.value.mean, 6) for row in found.rows] == [31.0, 33.0]
 
 
+def test_the_training_loss_is_an_epochs_not_a_batchs(tmp_path: Path) -> None:
+    for experts in (0, 8):
+        write_run(tmp_path, experts, 1, figures={"test/top1": 0.5, "train/loss": 9.9})
+    row = compared(tmp_path).rows[1]
+    assert row.train is not None and row.train.mean == pytest.approx(
+        0.59, abs=0.06
+    )  # of the curve that write_run draws
+    assert row.train_difference is not None and row.train_difference.mean == pytest.approx(0.0, abs=1e-9)
+
+
+def test_means_over_other_seeds_are_not_set_beside_each_other(tmp_path: Path) -> None:
+    write_sweep(tmp_path, experts=(0, 4, 8), seeds=(1, 2))
+    write_run(tmp_path, 0, 3, top1=0.1)
+    told = {each.kind: each.text for each in findings(compared(tmp_path)) if "eans of" in each.text}
+    assert told["fact"].startswith("Means of test/top1 (%) by experts (seeds 1, 2) ") and "static 6" in told["fact"]
+    assert told["caution"].endswith("do not differ by the difference shown: 4 experts; 8 experts.")
+
+
 def test_other_commits_in_one_mean_are_said(tmp_path: Path) -> None:
     write_run(tmp_path, 0, 1, commit="aaa")
     write_run(tmp_path, 0, 2, commit="bbb")

@@ -26,6 +26,7 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"epoch": epoch, "val/top1": 0.2 * epoch, "train/loss": 2.0 - epoch, "trainer/global_step": 10 * epoch + 9}
         )
     run.log({"epoch": 3, "test/top1": 0.4, "model/params": 1000, "speed/images_per_second": 50.0})
+    run.summary.update({"result/seconds": 120.0, "result/peak_memory_mb": 900.0, "result/status": "finished"})
     run.finish()
     return next(root.rglob("offline-run-*"))
 
@@ -39,7 +40,8 @@ def test_a_finished_run_counts(offline: Path) -> None:
     assert run.config["model"]["name"] == "mobilenet_v1" and len(run.config["long"]) == 100_000
     assert run.curves["val/top1"] == [(1.0, 0.0), (2.0, 0.2), (3.0, 0.4)]
     assert run.figures["test/top1"] == 0.4
-    assert run.number("model.params") == 1000 and run.number("images_per_second") == 50.0 and run.number("epochs") == 3
+    assert run.number("model.params") == 1000 and run.number("images_per_second") == 50.0
+    assert run.number("seconds") == 120.0 and run.number("peak_memory_mb") == 900.0 and run.number("epochs") == 3
     assert [row.label for row in compare([run]).rows] == ["static"]
 
 

@@ -107,14 +107,28 @@ def test_an_unfinished_job_goes_on_or_begins_anew(script: Path) -> None:
     assert read_result(run.folder)["resumed"] is True
 
 
-@pytest.mark.parametrize("before", ["interrupted", "failed"])
-def test_how_an_earlier_start_ended_is_not_how_this_one_ends(before: str, script: Path) -> None:
-    """It breaks before its training begins, so it writes nothing itself."""
-    run = job(script, "refuses")
+def unfinished(script: Path, how: str) -> JobRun:
+    """A job that an earlier start has left with a checkpoint."""
+    run = job(script, how)
     (run.folder / "checkpoints").mkdir(parents=True)
     zipfile.ZipFile(run.folder / "checkpoints" / "last.ckpt", "w").close()
     (run.folder / "config.yaml").write_text("")
-    (run.folder / "how.json").write_text('"refuses"')
+    (run.folder / "how.json").write_text(f'"{how}"')
+    return run
+
+
+def test_what_an_earlier_start_said_is_not_why_this_one_ended(script: Path) -> None:
+    run = unfinished(script, "crashes")
+    (run.folder / "log.txt").write_text("error: /data: No space left on device.\n")
+    run.run(threading.Event(), threading.Event())
+    assert run.state == "failed" and run.error() == "The process was ended by SIGSEGV."
+    assert "No space" in (run.folder / "log.txt").read_text() and "No space" not in run.log_tail()
+
+
+@pytest.mark.parametrize("before", ["interrupted", "failed"])
+def test_how_an_earlier_start_ended_is_not_how_this_one_ends(before: str, script: Path) -> None:
+    """It breaks before its training begins, so it writes nothing itself."""
+    run = unfinished(script, "refuses")
     write_result(run.folder, {"status": before, "error": "of the earlier start", "ended": "then", "steps": 7})
     assert run.prepare()[-1].startswith("resume=") and state_on_disk(run.folder) == "unfinished"
     run.run(threading.Event(), threading.Event())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from configs.messages import UserError
+from sweeps.folder import save_plan
 from sweeps.names import LONGEST, job_name, unique_names
 from sweeps.plan import make_plan, select, varied
 
@@ -79,6 +81,15 @@ def test_what_belongs_to_the_sweep_is_not_passed_on() -> None:
     own = ["sweep=experts", "sweep_dir=/x", "retry_failed=true", "launcher=joblib", "hydra.sweeper.launcher.n_jobs=3"]
     plan = make_plan([*own, "seed=1,2"])
     assert plan.fixed == () and [job.overrides for job in plan.jobs] == [("seed=1",), ("seed=2",)]
+
+
+def test_callbacks_that_change_the_training_make_another_sweep(tmp_path: Path) -> None:
+    arguments = ["model=resnet18", "condconv.experts=0,8"]
+    save_plan(tmp_path, make_plan(arguments))
+    save_plan(tmp_path, make_plan([*arguments, "callbacks.routing=null", "logger=csv", "callbacks=none"]))
+    for other in ("callbacks.batchnorm.examples=4", "+callbacks.average.decay=0.9", "optim.base_lr=0.1"):
+        with pytest.raises(UserError, match="other settings"):
+            save_plan(tmp_path, make_plan([*arguments, other]))
 
 
 def test_what_varies() -> None:
