@@ -183,11 +183,16 @@ def _mixed(experts: Tensor, routing_E: Tensor) -> Tensor:
 def _cost(layer: CondLayer, routing: Routing) -> float | None:
     if isinstance(routing, Tensor):
         return None
-    experts = torch.cat([p.cpu().double().flatten(1) for p in layer.parameters(recurse=False)], dim=1)
+    experts = torch.cat([part.cpu().double().flatten(1) for part in _experts(layer).values()], dim=1)
     gram = experts @ experts.T
     kept = float(routing.mean @ gram @ routing.mean)
     dropped = max(0.0, float((routing.covariance * gram).sum()))
     return math.sqrt(dropped / kept) if kept > 0.0 else math.inf if dropped > 0.0 else 0.0
+
+
+def _experts(layer: CondLayer) -> dict[str, Tensor]:
+    """Kernels and biases `[E, ...]`, also those that a parametrization or pruning computes."""
+    return {name: part for name in ("weight", "bias") if (part := getattr(layer, name)) is not None}
 
 
 def _static(layer: CondLayer, routing_E: Tensor) -> nn.Module:
@@ -207,10 +212,11 @@ def _static(layer: CondLayer, routing_E: Tensor) -> nn.Module:
         cls = Conv2dSameTF if same else nn.Conv2d
         options["padding"] = 0 if same else layer.padding
         static = nn.utils.skip_init(cls, layer.in_channels, layer.out_channels, **options)
-    for name, experts in layer.named_parameters(recurse=False):
+    frozen = {name for name, own in layer.named_parameters(recurse=False) if not own.requires_grad}
+    for name, experts in _experts(layer).items():
         parameter = getattr(static, name)
         parameter.copy_(_mixed(experts, routing_E))
-        parameter.requires_grad_(experts.requires_grad)
+        parameter.requires_grad_(name not in frozen)
     return static.train(layer.training)
 
 

@@ -154,9 +154,10 @@ def _without_madds(name: str, module: nn.Module) -> LayerComplexity | None:
 
 
 def _own_params(module: nn.Module) -> int:
-    """Of the module itself; compressed experts count, though they are no parameters any more."""
-    params = sum(p.numel() for p in module.parameters(recurse=False))
-    return params + module.weight.numel() if isinstance(module, CompressedLayer) else params
+    """Of the module itself; experts count also where they are no parameters (compressed, or computed)."""
+    if isinstance(module, CondConv2d | CondLinear):
+        return module.weight.numel() + (0 if module.bias is None else module.bias.numel())
+    return sum(p.numel() for p in module.parameters(recurse=False))
 
 
 def _madds(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> tuple[int, int]:

@@ -19,9 +19,8 @@ from condconv.functional import (
     check_positions,
 )
 from condconv.layers import CondConv2d, CondLinear, _CondLayer
-from condconv.ops.compressed import CONVOLUTIONS, EXPERT_DTYPES, SINGLE, compressed_conv2d, encode, pack, unpack
+from condconv.ops.compressed import EXPERT_DTYPES, check_readable, compressed_conv2d, encode, pack, unpack
 from condconv.ops.operator import needs_plain_torch
-from condconv.ops.registry import AUTO
 
 
 def compress_experts(model: nn.Module, expert_dtype: str = "int8") -> nn.Module:
@@ -41,8 +40,9 @@ def compress_experts(model: nn.Module, expert_dtype: str = "int8") -> nn.Module:
         The model itself.
 
     Raises:
-        ValueError: For another dtype, no CondConv layer, layers that are compressed already or whose backend cannot
-            read compressed experts, weights that are not finite. The model is then unchanged.
+        ValueError: For another dtype, no CondConv layer, layers that are compressed already, that compute their
+            experts or whose backend cannot read compressed ones, weights that are not finite. The model is then
+            unchanged.
     """
     if expert_dtype not in EXPERT_DTYPES:
         near = difflib.get_close_matches(str(expert_dtype), EXPERT_DTYPES, n=1)
@@ -61,11 +61,12 @@ def compress_experts(model: nn.Module, expert_dtype: str = "int8") -> nn.Module:
 def _check_layer(name: str, layer: _CondLayer) -> None:
     if isinstance(layer, CompressedLayer):
         raise ValueError(f"The experts of {name} are compressed already ({layer.expert_dtype}).")
-    if layer.backend not in (AUTO, SINGLE, *CONVOLUTIONS):
-        raise ValueError(
-            f"{name} has backend={layer.backend!r}, which cannot read compressed experts: build the network with "
-            f"backend={AUTO!r} or one of {', '.join((SINGLE, *CONVOLUTIONS))}."
-        )
+    try:
+        check_readable(layer.backend)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if "weight" not in layer._parameters:
+        raise ValueError(f"{name} computes its experts (a parametrization, pruning): make them permanent first.")
     if not layer.weight.isfinite().all():
         raise ValueError(f"{name} has weights that are not finite, so they have no scale.")
 

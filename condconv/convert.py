@@ -133,6 +133,7 @@ def convert(
     if isinstance(init, Upcycle):
         init.settle((router, list(new.values())) for router, new in zip(routers, modules, strict=True))
     units = []
+    chain: list[nn.Module] = []
     previous: RoutingUnit | None = None
     for plan, new_layers, router in zip(plans, modules, routers, strict=True):
         module = _install(model, plan, new_layers, router)
@@ -140,8 +141,8 @@ def convert(
         if routing in USES_PREVIOUS or not plan.is_layer:  # a lone layer with its own router needs no hooks
             takes_previous = previous is not None and (router is None or routing == "hierarchical")
             unit = RoutingUnit(plan.name, tuple(plan.layers), place, takes_previous, plan.channels_last)
-            if previous is not None and takes_previous:
-                previous.successor = module
+            if routing in USES_PREVIOUS:
+                unit.join(chain, module)
             attach(module, unit)
             previous = unit
         names = tuple(plan.full_name(name) for name in plan.layers)

@@ -55,8 +55,8 @@ def export_form(model: nn.Module, form: str = "mixture") -> nn.Module:
             attach(replacement, unit)
     for module in copied.modules():
         unit = getattr(module, "routing_unit", None)
-        if isinstance(unit, RoutingUnit) and unit.successor is not None:
-            unit.successor = plain.get(unit.successor, unit.successor)
+        if isinstance(unit, RoutingUnit):
+            unit.chain[:] = [plain.get(each, each) for each in unit.chain]
     return copied.eval()
 
 

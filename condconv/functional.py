@@ -93,6 +93,8 @@ def _check_tensors(x: Tensor, routing: Tensor, weight: Tensor, bias: Tensor | No
             raise ValueError(f"x is on {x.device} but {name} is on {tensor.device}.")
         if tensor is not None and not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {tensor.dtype}.")
+    if _debug:
+        _check_finite(routing)
 
 
 def _check_finite(routing_weights: Tensor) -> None:
@@ -185,8 +187,6 @@ def condconv2d(
     if not isinstance(workspace_bytes, int) or workspace_bytes < 0:
         raise ValueError(f"workspace_bytes must be an integer >= 0, 0 for an automatic value, got {workspace_bytes!r}.")
     _check_tensors(x, routing_weights, weight, bias, groups)
-    if _debug:
-        _check_finite(routing_weights)
     x = _compute_input(x, weight)
     x, spec = _geometry(x, (weight.shape[3], weight.shape[4]), stride, padding, dilation, groups)
     if backend != REFERENCE and needs_plain_torch(x, routing_weights, weight):

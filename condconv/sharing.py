@@ -3,12 +3,13 @@
 A *unit* is a module with one routing decision: a block whose CondConv layers share a router, or a lone CondConv layer.
 Two module-level hooks do the work. Before the unit runs, `_enter` computes routing weights from the unit's input and
 leaves them in the attribute `routing` of the unit's layers; after it, also after an exception, `_leave` takes
-them away. (Not after a KeyboardInterrupt: the next forward pass replaces them, and copies are made without.)
+them away. (Not after a KeyboardInterrupt: the next forward pass of that thread replaces them, copies are without.)
 
 The hooks are plain functions and find everything through the module that they are called with, so a network survives
 deepcopy, pickling, DDP and export; a hook that closed over layers would keep feeding the layers of the original. The
-one reference between units (`RoutingUnit.successor`, for routing functions that span the network) is an attribute of a
-plain object: no submodule, so it adds no keys, and deepcopy and pickle map it like everything else.
+one reference between units (`RoutingUnit.chain`, for routing functions that span the network) is an attribute of a
+plain object: no submodule, so it adds no keys, and deepcopy and pickle map it like everything else. It is one list of
+all units, because a reference from each to the next would make deepcopy recurse through the network.
 
 A network runs one forward pass at a time. Its state is in attributes, so a second thread would make the first one's
 layers mix by the routing weights of another batch: it is refused instead, by marks of the thread that a unit runs in
@@ -30,9 +31,13 @@ from condconv.functional import channels_second
 ONE_THREAD = "A converted network runs one forward pass at a time: let threads take turns, or give each a copy.deepcopy"
 
 
-def _thread() -> int | None:
+_REPLACING = threading.Lock()
+"""Held while the mark of a thread that has ended is replaced."""
+
+
+def _thread() -> threading.Thread | None:
     """The calling thread; None in code that torch.compile traces, which could not know it."""
-    return None if torch.compiler.is_compiling() else threading.get_ident()
+    return None if torch.compiler.is_compiling() else threading.current_thread()
 
 
 class Incoming(NamedTuple):
@@ -40,7 +45,7 @@ class Incoming(NamedTuple):
 
     routing: Tensor
     without_grad: bool
-    thread: int | None
+    thread: threading.Thread | None
 
 
 class RoutingUnit:
@@ -68,10 +73,11 @@ class RoutingUnit:
         self.router = router
         self.takes_previous = takes_previous
         self.channels_last = channels_last
-        self.successor: nn.Module | None = None
+        self.chain: list[nn.Module] = []
+        self.place = 0
         self.incoming: Incoming | None = None
         # Threads inside, by the id of the module: the replicas of nn.DataParallel share this object.
-        self.threads: dict[int, int] = {}
+        self.threads: dict[int, threading.Thread] = {}
         # Of the two hooks. Hooks are numbered by process: a handle that is unpickled raises torch's counter past its
         # own number, without which the next hook of a loaded network would take the place of one of these.
         self.handles: tuple[RemovableHandle, ...] = ()
@@ -80,12 +86,35 @@ class RoutingUnit:
         # Routing weights left by a forward pass that broke off are no state, and could not be copied with their graph.
         return {**self.__dict__, "incoming": None, "threads": {}}
 
+    def join(self, chain: list[nn.Module], module: nn.Module) -> None:
+        """Make this the unit of `module`, the next in the list that all units of the network share."""
+        self.chain, self.place = chain, len(chain)
+        chain.append(module)
+
+    @property
+    def successor(self) -> nn.Module | None:
+        """The module whose unit takes this one's routing weights, if there is one."""
+        if self.place + 1 >= len(self.chain):
+            return None
+        module = self.chain[self.place + 1]
+        unit: RoutingUnit = module.routing_unit  # type: ignore[assignment]  # attributes of modules are untyped
+        return module if unit.takes_previous else None
+
     def enter(self, module: nn.Module) -> None:
         """Mark that the calling thread runs `module`, and refuse another one until it is through."""
         thread = _thread()
-        # One atomic step looks and marks.
-        if thread is not None and self.threads.setdefault(id(module), thread) != thread:
-            raise RuntimeError(f"{self.name}: another thread is inside this block. {ONE_THREAD}")
+        if thread is None:
+            return
+        inside = self.threads.setdefault(id(module), thread)  # one atomic step looks and marks
+        if inside is not thread and not inside.is_alive():  # it broke off here, by a KeyboardInterrupt or the like
+            with _REPLACING:
+                if self.threads.get(id(module)) is inside:
+                    self.threads[id(module)] = thread
+            inside = self.threads.setdefault(id(module), thread)
+        if inside is not thread:
+            raise RuntimeError(
+                f"{self.name}: another thread is inside this block, or was interrupted there. {ONE_THREAD}"
+            )
 
     def leave(self, module: nn.Module) -> None:
         """Undo `enter`."""
@@ -95,7 +124,7 @@ class RoutingUnit:
     def was_refused(self, module: nn.Module) -> bool:
         """Whether `enter` refused the calling thread, since another one is inside."""
         thread = _thread()
-        return thread is not None and self.threads.get(id(module), thread) != thread
+        return thread is not None and self.threads.get(id(module), thread) is not thread
 
     def take_previous(self) -> Incoming:
         """The routing weights that the unit before left here, once."""
@@ -108,7 +137,7 @@ class RoutingUnit:
                 "order of execution"
             )
         thread = _thread()
-        if None not in (thread, incoming.thread) and thread != incoming.thread:
+        if None not in (thread, incoming.thread) and thread is not incoming.thread:
             raise RuntimeError(
                 f"{self.name}: the routing weights of the previous block are those of another thread. {ONE_THREAD}"
             )
@@ -122,8 +151,9 @@ class RoutingUnit:
 
     def hand_on(self, routing: Tensor, trainable: bool) -> None:
         """Leave routing weights for the successor, if there is one."""
-        if self.successor is not None:
-            unit: RoutingUnit = self.successor.routing_unit  # type: ignore[assignment]  # attributes of modules are untyped
+        successor = self.successor
+        if successor is not None:
+            unit: RoutingUnit = successor.routing_unit  # type: ignore[assignment]
             unit.incoming = Incoming(routing, trainable and not routing.requires_grad, _thread())
 
 

@@ -104,9 +104,17 @@ def measure(problem: Problem, repeats: int = 5) -> Measurement:
         best = min(time_ms.values(), default=math.inf)
         try:
             time_ms[backend.name] = _candidate_ms(backend, problem, repeats, best)
-        except torch.OutOfMemoryError:  # others need less: the training must not end here
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            # Others need less: the training must not end here.
             time_ms[backend.name] = math.inf
     return Measurement(problem, time_ms)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """On a CPU torch raises no error of its own kind for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _candidate_ms(backend: Backend, problem: Problem, repeats: int, best: float) -> float:

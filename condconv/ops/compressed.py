@@ -80,7 +80,9 @@ def unpack(experts_EKB: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def _scale(experts_EKB: Tensor) -> Tensor:
     start = experts_EKB.shape[2] - _TAIL_BYTES
-    return experts_EKB[..., start : start + 4].contiguous().view(torch.float32).squeeze(-1)
+    # A copy also where one row counts as contiguous: its first byte must be one that a float may have.
+    tail = experts_EKB[..., start : start + 4].clone(memory_format=torch.contiguous_format)
+    return tail.view(torch.float32).squeeze(-1)
 
 
 def decode(experts_EKB: Tensor, dtype: torch.dtype) -> Tensor:
@@ -152,7 +154,7 @@ class Mixer:
         batch, experts = routing_nE.shape
         channels = tile.channels.stop - tile.channels.start
         rows, starts = _bags(experts, tile.channels.start, tile.channels.stop, batch)
-        weights = routing_nE[:, None].expand(batch, channels, experts).reshape(-1)
+        weights = routing_nE.repeat(1, channels).flatten()  # in memory of its own: the kernel reads no strides
         table = self.experts_EKB.transpose(0, 1).flatten(0, 1)  # a view, K outermost
         mixed: Tensor = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
             table, rows, starts, False, 0, False, weights, None, True
@@ -194,9 +196,19 @@ def _empty_output(x_NCHW: Tensor, experts_EKB: Tensor, kernel_CRS: list[int], sp
     return torch.empty(shape, dtype=x_NCHW.dtype, device=x_NCHW.device, memory_format=memory_format_of(x_NCHW))
 
 
+def check_readable(name: str) -> None:
+    """Raise `ValueError` unless the backend, or what "auto" takes in its place, reads compressed experts."""
+    if name not in (AUTO, SINGLE, *CONVOLUTIONS):
+        raise ValueError(
+            f"backend={name!r} cannot read compressed experts: choose {AUTO!r} or one of "
+            f"{', '.join((SINGLE, *CONVOLUTIONS))}."
+        )
+
+
 def _choose(name: str, problem: Problem) -> str:
     """The backend by name, or what "auto" would take, or the nearest that mixes kernels first."""
     if name != AUTO:
+        check_readable(name)
         get_backend(name, problem)  # raises where it cannot run
         return name
     chosen = choose(problem).backend

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from numerics import assert_close
 from small_networks import SmallNet
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
+from torch.nn.utils.prune import l1_unstructured as prune
 
 from condconv import CondConv2d, CondLinear, Router, convert
 from condconv.collapse import collapse, routing_moments
@@ -45,6 +48,29 @@ def test_a_layer_with_two_names_is_replaced_under_both() -> None:
     collapse(net, torch.tensor([0.2, 0.5, 0.3]))
     assert type(net[0]) is nn.Conv2d and net[2] is net[0]
     assert net(x).shape == (2, 4, 6, 6)
+
+
+class Doubled(nn.Module):
+    """A parametrization that is seen to run."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "compute",
+    [lambda layer: register_parametrization(layer, "weight", Doubled()), lambda layer: prune(layer, "weight", 3)],
+)
+def test_experts_that_are_computed(compute: Callable[[nn.Module], object], bias: bool) -> None:
+    layer = CondConv2d(3, 4, 3, bias=bias, num_experts=3)
+    nn.init.zeros_(layer.router.fc.weight)
+    compute(layer)
+    net = nn.Sequential(layer)
+    expected = net(X)
+    report = collapse(net, routing_moments(net, [X]))
+    assert report.exact and net[0].weight.requires_grad
+    assert_close(net[0](X), expected, "mixed kernel")
 
 
 def test_the_cost_is_the_change_of_the_kernels() -> None:

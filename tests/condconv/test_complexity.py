@@ -6,6 +6,7 @@ import pytest
 import torch
 from small_networks import SmallNet
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 
 from condconv.complexity import complexity, readable
 from condconv.convert import convert
@@ -87,6 +88,13 @@ def test_a_layer_used_twice_costs_twice_and_has_its_parameters_once() -> None:
 
     result = complexity(Twice(), (4,))
     assert (result.params, result.madds) == (16, 32)
+
+
+def test_experts_that_a_parametrization_computes() -> None:
+    net = nn.Sequential(CondConv2d(3, 4, 3, num_experts=EXPERTS, bias=False))
+    before = complexity(net, (3, 8, 8))
+    register_parametrization(net[0], "weight", nn.Identity())
+    assert complexity(net, (3, 8, 8)) == before
 
 
 def test_positions_in_the_batch_count_too() -> None:

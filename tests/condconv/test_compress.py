@@ -10,7 +10,10 @@ import torch
 from numerics import assert_close
 from small_networks import SmallNet
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization as parametrize
+from torch.nn.utils.prune import l1_unstructured as prune
 
+import condconv
 from condconv import CondConv2d, CondLinear, complexity, compress_experts, convert
 from condconv.collapse import collapse
 from condconv.compress import CompressedLayer
@@ -69,6 +72,40 @@ def test_linear_layers_and_the_mixture_form(expert_dtype: str, batch: int) -> No
     for shape in ((11,), (4, 11)):
         x = torch.randn(batch, *shape)
         assert_close(small(x, routing), plain(x, routing), str(shape))
+
+
+@both
+@pytest.mark.parametrize("batch", [1, 2])
+@torch.no_grad()
+def test_one_expert(expert_dtype: str, batch: int) -> None:
+    for layer, x in (
+        (layer_of("dense", experts=1), torch.randn(batch, 12, 7, 5)),
+        (CondLinear(3, 1, num_experts=1, router=None), torch.randn(batch, 3)),  # one row, of no multiple of 4 bytes
+    ):
+        small, plain = pair(layer, expert_dtype)
+        routing = torch.rand(batch, 1)
+        assert_close(small(x, routing), plain(x, routing), type(layer).__name__)
+        twin, _ = pair(layer, expert_dtype)
+        twin.load_state_dict(small.state_dict())
+        assert_close(twin(x, routing), small(x, routing), "state dict")
+
+
+@torch.no_grad()
+def test_what_plain_layers_check_is_checked() -> None:
+    small, _ = pair(layer_of("dense"), "int8")
+    x, routing = torch.randn(2, 12, 7, 5), torch.rand(2, 3)
+    for backend in ("reference", "mixture", "triton_dense"):  # changed after compression
+        small.backend = backend
+        with pytest.raises(ValueError, match=f"{backend}' cannot read compressed experts"):
+            small(x, routing)
+    small.backend = "auto"
+    routing[1, 0] = torch.nan
+    condconv.set_debug(True)
+    try:
+        with pytest.raises(ValueError, match=r"examples \[1\] are not finite"):
+            small(x, routing)
+    finally:
+        condconv.set_debug(False)
 
 
 @both
@@ -236,9 +273,20 @@ def test_mistakes_are_told_and_change_nothing() -> None:
     with pytest.raises(ValueError, match="Linear has no CondConv layer"):
         compress_experts(nn.Linear(2, 2))
     network[2].backend = "mixture"
-    with pytest.raises(ValueError, match="2 has backend='mixture', which cannot read compressed experts"):
+    with pytest.raises(
+        ValueError, match="2: backend='mixture' cannot read compressed experts: choose 'auto' or one of"
+    ):
         compress_experts(network)
     network[2].backend = "auto"
+    for computed in (
+        lambda layer: parametrize(layer, "weight", nn.Identity()),
+        lambda layer: prune(layer, "weight", 0.5),
+    ):
+        other = copy.deepcopy(network)
+        computed(other[2])
+        with pytest.raises(ValueError, match="2 computes its experts"):
+            compress_experts(other)
+        assert isinstance(other[0].weight, nn.Parameter)
     network[2].weight.data[0, 0] = torch.inf
     with pytest.raises(ValueError, match="2 has weights that are not finite"):
         compress_experts(network)

@@ -269,6 +269,33 @@ def test_copies_are_made_after_an_interrupt(routed: SmallNet) -> None:
     assert_nothing_left(routed)
 
 
+def test_a_thread_that_broke_off_inside_a_block_leaves_it_to_others() -> None:
+    net = network().eval()
+    block, x = net.blocks[1][0], images()
+    expected = net(x)
+    se, block.se = block.se, Broken(KeyboardInterrupt)
+    with ThreadPoolExecutor(1) as pool:
+        assert isinstance(pool.submit(net, x).exception(60), KeyboardInterrupt)
+        block.se = se
+        with pytest.raises(RuntimeError, match="or was interrupted there"):  # it lives, and may be inside
+            net(x)
+    assert_close(net(x), expected, "after its end")
+    assert_nothing_left(net)
+
+
+@pytest.mark.parametrize("routing", ["single", "hierarchical"])
+def test_copies_of_many_units(routing: str) -> None:
+    """A reference from each unit to the next would recurse through all of them."""
+    net = nn.Sequential(*(nn.Conv2d(2, 2, 1) for _ in range(400)))
+    convert(net, 2, blocks="*", routing=routing)
+    x = torch.randn(1, 2, 3, 3)
+    expected = net(x)
+    for name, twin in (("deepcopy", copy.deepcopy(net)), ("pickle", pickle.loads(pickle.dumps(net)))):
+        del net[0].routing_unit  # whoever reads the original fails
+        assert_close(twin(x), expected, name)
+        net = twin
+
+
 def test_a_second_thread_inside_a_block_is_refused_and_the_first_stays_right() -> None:
     net = network().eval()
     block, entered, left = net.blocks[1][0], threading.Event(), threading.Event()
