@@ -1,14 +1,15 @@
 """Optimisers with parameter groups by role, so that each role can be decayed (or not) on its own.
 
 Roles of a parameter, each parameter having exactly one:
-    norm     scale and shift of a normalisation layer
-    bias     every other bias, those of experts and routers included, and any other vector or scalar
-    router   weights of a `condconv.routing.Router`
-    expert   expert kernels of a CondConv layer, `[E, ...]`
-    weight   all other weights
+    norm         scale and shift of a normalisation layer
+    bias         every other bias, those of experts included, and any other vector or scalar
+    router       weights of a `condconv.routing.Router`
+    router_bias  biases of one: as `bias` in everything unless a setting names them
+    expert       expert kernels of a CondConv layer, `[E, ...]`
+    weight       all other weights
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import nn
 from condconv.layers import CondConv2d, CondLinear
 from condconv.routing import Router
 
-ROLES = ("norm", "bias", "router", "expert", "weight")
+ROLES = ("norm", "bias", "router", "router_bias", "expert", "weight")
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -30,7 +31,7 @@ def parameter_roles(net: nn.Module) -> dict[str, str]:
         if isinstance(owner, _NORMS):
             roles[name] = "norm"
         elif name.rpartition(".")[2] == "bias" or parameter.ndim < 2:
-            roles[name] = "bias"
+            roles[name] = "router_bias" if in_router else "bias"
         elif in_router:
             roles[name] = "router"
         elif isinstance(owner, (CondConv2d, CondLinear)):
@@ -54,6 +55,7 @@ def parameter_groups(
     *,
     no_decay: Sequence[str] = ("norm", "bias"),
     decay_by_role: Mapping[str, float] | None = None,
+    apart: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Split the trainable parameters of `net` into one named group per role.
 
@@ -61,6 +63,7 @@ def parameter_groups(
         decay: the decay coefficient of every role that is not named below.
         no_decay: roles with coefficient 0.
         decay_by_role: coefficients of single roles; they win over `decay` and `no_decay`.
+        apart: roles that something else tells apart; `router_bias` has a group of its own if it is here or above.
 
     Returns:
         Groups `{"name": role, "params": [...], "weight_decay": coefficient}` in the order of `ROLES`, empty ones left
@@ -74,10 +77,14 @@ def parameter_groups(
     if unknown:
         raise ValueError(f"Unknown parameter role(s) {', '.join(unknown)}; roles are {', '.join(ROLES)}.")
     coefficients = {role: 0.0 if role in no_decay else decay for role in ROLES} | overrides
+    if "router_bias" not in {*no_decay, *overrides}:
+        coefficients["router_bias"] = coefficients["bias"]
     negative = {role: value for role, value in coefficients.items() if value < 0}
     if negative:
         raise ValueError(f"Weight decay must be at least 0, got {negative}.")
     roles = parameter_roles(net)
+    if "router_bias" not in {*no_decay, *overrides, *apart}:
+        roles = {name: "bias" if role == "router_bias" else role for name, role in roles.items()}
     groups = []
     for role in ROLES:
         params = [p for name, p in net.named_parameters() if roles[name] == role and p.requires_grad]
@@ -122,7 +129,8 @@ def build_optimizer(
             experts and routers are in it [seen].
         decay_by_role: decay coefficients of single roles, in the form (`l2` or `weight_decay`) that is in use.
         lr_factor_by_role: factors on `lr` of single roles. A router adds up many positive features, so that one step of
-            Adam at a rate that suits kernels can saturate it: {"router": 0.1} is our choice for small data.
+            Adam at a rate that suits kernels can saturate it: {"router": 0.1} is our choice for small data. Its biases
+            keep their rate; {"router": 0, "router_bias": 0} stops all of it.
 
     Raises:
         ValueError: for an unknown name, both forms of decay at once, or a form that the optimiser does not have.
@@ -137,8 +145,9 @@ def build_optimizer(
         raise ValueError("Optimiser 'adamw' takes weight_decay (decoupled); for l2 (coupled decay) use 'adam'.")
     if lr < 0:
         raise ValueError(f"The learning rate must be at least 0, got {lr}.")
-    groups = parameter_groups(net, l2 or weight_decay, no_decay=no_decay, decay_by_role=decay_by_role)
-    _scale_rates(groups, lr, lr_factor_by_role or {})
+    factors = lr_factor_by_role or {}
+    groups = parameter_groups(net, l2 or weight_decay, no_decay=no_decay, decay_by_role=decay_by_role, apart=factors)
+    _scale_rates(groups, lr, factors)
     options = {
         "decoupled": bool(weight_decay),
         "momentum": momentum,
@@ -177,6 +186,8 @@ def _scale_rates(groups: Groups, lr: float, factors: Mapping[str, float]) -> Non
     unknown = sorted(set(factors) - set(ROLES))
     if unknown or any(factor < 0 for factor in factors.values()):
         raise ValueError(f"lr_factor_by_role: at least 0, for roles among {', '.join(ROLES)}; got {dict(factors)}.")
+    if "bias" in factors:
+        factors = {"router_bias": factors["bias"], **factors}
     for group in groups:
         if group["name"] in factors:
             group["lr"] = lr * factors[group["name"]]

@@ -20,7 +20,7 @@ NOT_SETTINGS += ("trainer.default_root_dir", "callbacks.progress")
 NOT_SETTINGS += ("callbacks.checkpoint.mode",)
 EARLIER: Settings = {"regularization": True}
 """What runs of earlier versions did, whose configs lack the key: they are the same training as later ones with it."""
-OF_EXPERTS = re.compile(r"condconv\.|optim\.optimizer\.\w+_by_role\.(router|expert)$")
+OF_EXPERTS = re.compile(r"condconv\.|optim\.optimizer\.\w+_by_role\.(router|router_bias|expert)$")
 """Settings that touch no static network: a static one has neither routers nor experts to give a rate or a decay to."""
 ROOMS = ("condconv.", "model.", "data.", "optim.", "task.", "trainer.")
 """In this order settings are looked at for columns; all others come after."""

@@ -81,7 +81,8 @@ class RoutingStatistics(Callback):
         rank_zero_warn(
             f"{block}: its router has closed. No routing weight was above {DEAD} on any of {summary.num_examples} "
             "validation images, so its CondConv layers pass nothing on, and the network may not recover. Seen with one "
-            "expert: take more of them, or slower routers (+optim.optimizer.lr_factor_by_role.router=0.1)."
+            "expert: take more of them, or slower routers (+optim.optimizer.lr_factor_by_role.router=0.1, "
+            "and .router_bias)."
         )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -45,7 +45,7 @@ def test_every_parameter_has_its_role() -> None:
     }
     router_biases = [name for name in roles if ".router." in name and name.endswith("bias")]
     assert router_biases
-    assert roles == expected | dict.fromkeys(router_biases, "bias")
+    assert roles == expected | dict.fromkeys(router_biases, "router_bias")
 
 
 def test_groups_partition_the_trainable_parameters() -> None:
@@ -62,11 +62,11 @@ def test_groups_partition_the_trainable_parameters() -> None:
     assert len(in_groups) == len(set(in_groups))
     assert set(in_groups) == {id(p) for p in net.parameters() if p.requires_grad}
     whole = {group["name"]: group["weight_decay"] for group in parameter_groups(small_net(), 0.1, no_decay=["norm"])}
-    assert whole == {role: 0.0 if role == "norm" else 0.1 for role in ROLES}
+    assert whole == {role: 0.0 if role == "norm" else 0.1 for role in ROLES if role != "router_bias"}
 
 
 def test_a_lone_router_and_a_lone_layer_are_networks_too() -> None:
-    assert set(parameter_roles(CondConv2d(2, 2, 1, num_experts=2).router).values()) == {"router", "bias"}
+    assert set(parameter_roles(CondConv2d(2, 2, 1, num_experts=2).router).values()) == {"router", "router_bias"}
     assert isinstance(CondConv2d(2, 2, 1, num_experts=2).router, Router)
     assert parameter_roles(nn.Linear(2, 2)) == {"weight": "weight", "bias": "bias"}
 
@@ -233,6 +233,30 @@ def test_roles_may_have_learning_rates_of_their_own() -> None:
     assert rates == pytest.approx({"norm": 0.2, "bias": 0.2, "router": 0.02, "expert": 0.4, "weight": 0.2})
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
     assert schedule.get_last_lr() == pytest.approx([rate / 2 for rate in rates.values()])
+
+
+def test_biases_of_routers_are_biases_unless_they_are_named() -> None:
+    def settings(**options: Any) -> dict[str, tuple[float, float]]:
+        optimizer = build_optimizer(small_net(), lr=0.2, l2=0.1, **options)
+        return {group["name"]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups}
+
+    assert "router_bias" not in settings(lr_factor_by_role={"router": 0.0})
+    stopped = settings(lr_factor_by_role={"router": 0.0, "router_bias": 0.0}, decay_by_role={"bias": 0.3})
+    assert stopped["router"] == (0.0, 0.1) and stopped["router_bias"] == (0.0, 0.3) and stopped["bias"] == (0.2, 0.3)
+    assert settings(decay_by_role={"router_bias": 0.5})["router_bias"] == (0.2, 0.5)
+    slow = settings(decay_by_role={"router_bias": 0.5}, lr_factor_by_role={"bias": 0.5})
+    assert slow["router_bias"] == (0.1, 0.5) and slow["bias"] == (0.1, 0.0)
+
+
+def test_routers_can_be_stopped() -> None:
+    net = small_net()
+    before = {name: value.clone() for name, value in net.named_parameters()}
+    optimizer = build_optimizer(net, lr=0.2, lr_factor_by_role={"router": 0.0, "router_bias": 0.0})
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    stopped = {name for name, value in net.named_parameters() if torch.equal(value, before[name])}
+    assert stopped == {name for name in before if ".router." in name}
 
 
 def test_a_frozen_network_is_an_error() -> None:
