@@ -1,10 +1,13 @@
 """Transforms shared by the data sets: normalisation by name (on the device) and the ImageNet crops (in the workers)."""
 
 import math
-from collections.abc import Callable, Collection, Sequence
+import random
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from PIL import Image
+from timm.data.auto_augment import auto_augment_transform
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
@@ -22,13 +25,15 @@ NORMALIZATIONS: dict[str, tuple[tuple[float, float, float], tuple[float, float, 
     "half": ((127.5, 127.5, 127.5), (127.5, 127.5, 127.5)),
 }
 INTERPOLATIONS = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BILINEAR}
-AUGMENTS = ("none", "autoaugment", "autoaugment_cifar10", "randaugment", "trivialaugment")
+AUGMENTS = ("none", "autoaugment", "autoaugment_v0", "autoaugment_cifar10", "randaugment", "trivialaugment")
 TRAIN_CROPS = ("random_resized", "pad")
 SCALING_GAP = 2
 """Resizing a JPEG by this much at least after the decoder has scaled it down keeps the result the same to the eye."""
 
 ImageTransform = Callable[[Image.Image | Picture], Tensor]
 """A picture, or Pillow's RGB image -> uint8 `[3, S, S]`."""
+Policy = Callable[[Image.Image], Image.Image]
+"""Pillow's RGB image -> one of the same size, changed at random."""
 
 
 class Normalize(nn.Module):
@@ -104,12 +109,47 @@ def eval_transform(image_size: int, *, crop_fraction: float = 0.875, interpolati
     return EvalTransform(image_size, crop_fraction, interpolation)
 
 
+class TimmAutoAugment:
+    """A policy of AutoAugment by timm's code, but with all randomness from torch's default CPU generator.
+
+    Args:
+        policy: timm's name of it: "v0" is that of the authors' EfficientNet code (tensorflow/tpu) in timm's version, in
+            which the one translation is by a share of the height (40 %) instead of by 225 pixels.
+        interpolation: of rotation, shear and translation.
+        fill: colour on 0..255 of the corners that these lay bare.
+    """
+
+    def __init__(self, policy: str, interpolation: InterpolationMode, fill: Sequence[int]) -> None:
+        options = {"interpolation": Image.Resampling[interpolation.name], "img_mean": tuple(fill)}
+        self.policy = auto_augment_transform(policy, options)
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        with _python_rng(int(torch.randint(2**62, ()).item())):  # the generator timm draws from, not numpy's
+            changed: Image.Image = self.policy(image)
+        return changed
+
+
+@contextmanager
+def _python_rng(seed: int) -> Iterator[None]:
+    """Seeds Python's global generator inside the block and restores it afterwards.
+
+    For one thread at a time, as torch's default generator is too (`data.sampling.example_rng`): loaders decode in
+    processes, not in threads.
+    """
+    state = random.getstate()
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(state)
+
+
 class TrainTransform:
     """Training augmentation of one picture; all randomness is drawn from torch's default CPU generator.
 
     Cropping, resizing and flipping work on uint8 tensors: antialiased, within a grey level of Pillow's result (a few
     where bicubic overshoots), and several times as fast. The policies (AutoAugment and so on) work on Pillow's images,
-    as torchvision has them.
+    as torchvision and timm have them.
 
     Args:
         image_size: side of the result in pixels.
@@ -117,7 +157,8 @@ class TrainTransform:
             image, padded by an eighth of its side with zeros, and a random crop of it).
         crop_scale, crop_ratio: range of the crop's area (share of the image) and of its width / height.
         horizontal_flip: probability.
-        augment: one of `AUGMENTS`, torchvision's policies.
+        augment: one of `AUGMENTS`, torchvision's policies ("autoaugment" is the ImageNet table of the AutoAugment
+            paper) and the one of the authors' EfficientNet code, "autoaugment_v0", see `TimmAutoAugment`.
         randaugment_ops, randaugment_magnitude: for augment="randaugment"; magnitude 0..30.
         random_erasing: probability of erasing a rectangle.
         interpolation: "bicubic" or "bilinear".
@@ -162,16 +203,17 @@ class TrainTransform:
         if choice("train_crop", train_crop, TRAIN_CROPS) == "pad":
             self._padded_crop = v2.RandomCrop(image_size, padding=image_size // 8)
         colour = [round(value) for value in fill]
-        policies = {
+        policies: dict[str, Callable[[], Policy | None]] = {
             "none": lambda: None,
             "autoaugment": lambda: v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET, mode, fill=colour),
+            "autoaugment_v0": lambda: TimmAutoAugment("v0", mode, colour),
             "autoaugment_cifar10": lambda: v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10, mode, fill=colour),
             "randaugment": lambda: v2.RandAugment(
                 randaugment_ops, randaugment_magnitude, interpolation=mode, fill=colour
             ),
             "trivialaugment": lambda: v2.TrivialAugmentWide(interpolation=mode, fill=colour),
         }
-        self._policy: nn.Module | None = policies[choice("augment", augment, AUGMENTS)]()
+        self._policy = policies[choice("augment", augment, AUGMENTS)]()
         self._erase = v2.RandomErasing(random_erasing, value=colour) if random_erasing > 0 else None
 
     def __call__(self, image: Image.Image | Picture) -> Tensor:

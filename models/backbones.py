@@ -15,6 +15,7 @@ from timm.models import efficientnet as timm_efficientnet
 from torch import nn
 
 from condconv.convert import Patterns, convert
+from condconv.layers import CondConv2d, CondLinear
 from condconv.patterns import matches
 from condconv.routing import DEFAULT_GAIN, SoftmaxRouter, check_routing
 from condconv.upcycle import UPCYCLES
@@ -112,8 +113,9 @@ def create_model(
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth, growing linearly over the blocks to this rate.
         in_chans: channels of the images.
-        classifier_std: standard deviation of the classifier's initial weights, its biases are then zero; None for the
-            network's own. timm draws those of EfficientNets for 1,000 classes: with ten, the first loss is over 5.
+        classifier_std: standard deviation of the classifier's initial weights (each expert's; upcycled experts are
+            shares of such a classifier), its biases are then zero; None for the network's own. timm draws those of
+            EfficientNets for 1,000 classes: with ten, the first loss is over 5.
         arch: for name="timm": timm's name of the network.
         pattern: for name="timm": patterns of the blocks to convert (`condconv.patterns`), all convolutions and linear
             layers in them, e.g. "stages.3.blocks.*"; each match gets one router. May be left out with classifier=True.
@@ -153,6 +155,9 @@ def create_model(
         network.normalization = weights.normalization  # type: ignore[assignment]  # a name, not a submodule
         if weights.is_static:
             load_weights(network, weights, name, left_out)
+    std = classifier_std if num_classes and (weights is None or new_classifier) else None
+    if std is not None:  # before there are experts, whose draws the static twin does not have
+        _draw_classifier(network, backbone, std)
     if experts:
         routers = {"routing": routing, "dropout": dropout, "expert_dropout": expert_dropout}
         routers |= {"temperature": temperature, "router_gain": router_gain}
@@ -170,23 +175,43 @@ def create_model(
         )
         if weights is not None and not weights.is_static:
             load_weights(network, weights, name, left_out)
-            if weights.card is not None and weights.card.model.get("temperature", temperature) != temperature:
-                for router in network.modules():  # it came with the weights, but another was asked for
-                    if isinstance(router, SoftmaxRouter):
-                        router.set_temperature(temperature)
-    if classifier_std is not None and num_classes > 0 and (weights is None or new_classifier):
-        _draw_classifier(network, backbone.classifier, classifier_std)
+            keep_temperature(network, weights, temperature)
+        if std is not None and init not in UPCYCLES:  # upcycled experts give the static classifier's output
+            _draw_other_experts(network.get_submodule(backbone.classifier), std)
     freeze_part(network, freeze, backbone.classifier if num_classes else "")
     return network
 
 
-def _draw_classifier(network: nn.Module, name: str, std: float) -> None:
-    """Normal weights and zero biases, for a static classifier or for each expert of it."""
-    classifier = network.get_submodule(name)
-    with torch.no_grad():
-        classifier.weight.normal_(0.0, std)  # type: ignore[operator, union-attr]
+def keep_temperature(network: nn.Module, weights: Weights, temperature: float) -> None:
+    """Set the temperature that was asked for, where the weights just loaded are of a network built with another one.
+
+    One that is asked for as it was then may have changed in training, by a schedule: that of the weights stays.
+    """
+    if weights.card is None or weights.card.model.get("temperature", temperature) == temperature:
+        return
+    for router in network.modules():
+        if isinstance(router, SoftmaxRouter):
+            router.set_temperature(temperature)
+
+
+@torch.no_grad()
+def _draw_classifier(network: nn.Module, backbone: Backbone, std: float) -> None:
+    """Normal weights and zero biases for the static classifier, the first expert of one that is converted later."""
+    if not backbone.classifier:
+        raise ValueError(f"{backbone.arch} has no single classifier layer to be drawn: leave classifier_std None")
+    classifier: Any = network.get_submodule(backbone.classifier)
+    classifier.weight.normal_(0.0, std)
+    if classifier.bias is not None:
+        classifier.bias.zero_()
+
+
+@torch.no_grad()
+def _draw_other_experts(classifier: nn.Module, std: float) -> None:
+    """The same for all experts but the first; nothing for a classifier that is static."""
+    if isinstance(classifier, CondConv2d | CondLinear):
+        classifier.weight[1:].normal_(0.0, std)
         if classifier.bias is not None:
-            classifier.bias.zero_()  # type: ignore[operator, union-attr]
+            classifier.bias[1:].zero_()
 
 
 def _check_experts(experts: int) -> None:

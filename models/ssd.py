@@ -14,7 +14,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from condconv.convert import Conversion, Patterns, convert
 from condconv.routing import DEFAULT_GAIN
 from models.anchors import ASPECT_RATIOS, MAX_SCALE, MIN_SCALE
-from models.backbones import create_model, list_backbones
+from models.backbones import create_model, keep_temperature, list_backbones
 from models.boxes import Suppression
 from models.detection_losses import LOSSES
 from models.freezing import freeze as freeze_part
@@ -149,6 +149,7 @@ def create_detector(
         asked |= {"min_scale": min_scale, "max_scale": max_scale, "aspect_ratios": aspect_ratios}
         check_card(weights, asked | {"reduce_lowest": reduce_lowest})
         load_detector(detector, weights, new_classifier)
+        keep_temperature(detector, weights, temperature)
     freeze_part(detector, freeze, "head")
     return detector
 

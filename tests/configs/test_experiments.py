@@ -96,6 +96,21 @@ def test_the_miniature_has_all_parts_of_the_recipe_on(tmp_path: Path) -> None:
     assert cfg.optim.lr == pytest.approx(0.016 * 64 / 256)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "augment"),
+    [
+        ("efficientnet_b0_static", "none"),
+        ("efficientnet_b0_static_autoaugment", "autoaugment_v0"),
+        ("efficientnet_b0_condconv8_autoaugment", "autoaugment_v0"),
+    ],
+)
+def test_the_flag_for_autoaugment_means_the_policy_of_the_authors_code(
+    recipe: str, augment: str, tmp_path: Path
+) -> None:
+    """Not the AutoAugment paper's table, which torchvision calls IMAGENET."""
+    assert composed(f"imagenet/{recipe}", tmp_path, "data.root=nowhere").data.augment == augment
+
+
 @pytest.mark.parametrize("backbone", UPCYCLED)
 def test_upcycling(backbone: str, images: Path, tmp_path: Path) -> None:
     reduced = ["model.width=0.25" if backbone == "resnext50_32x4d" else "model.width=0.1"]

@@ -1,8 +1,12 @@
+import pickle
+import random
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from timm.data import create_transform
+from timm.data.auto_augment import auto_augment_policy_v0
 
 from data.sampling import example_rng
 from data.transforms import AUGMENTS, Normalize, TrainTransform, eval_transform
@@ -82,6 +86,46 @@ def test_training_transforms_depend_on_the_seed_alone(augment, train_crop):
     assert results[0].shape == (3, 48, 48)
     assert torch.equal(results[0], results[2])
     assert not torch.equal(results[0], results[1])
+
+
+def test_policy_v0_draws_from_torch_alone_and_leaves_other_generators_as_they_were():
+    transform = TrainTransform(32, train_crop="pad", horizontal_flip=0, augment="autoaugment_v0")
+    image = random_image(32, 32)
+    seen = set()
+    for seed in range(30):
+        results = []
+        for elsewhere, each in ((1, transform), (2, pickle.loads(pickle.dumps(transform)))):
+            random.seed(elsewhere)
+            np.random.seed(elsewhere)
+            before = random.getstate(), np.random.get_state()[1].tolist()
+            torch.manual_seed(seed)
+            results.append(each(image))
+            assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+        assert results[0].dtype == torch.uint8 and results[0].shape == (3, 32, 32)
+        assert torch.equal(*results)
+        seen.add(results[0].numpy().tobytes())
+    assert len(seen) >= 25  # 30 draws of crop and policy, equal only by chance
+
+
+def test_policy_v0_restores_the_generator_after_an_error():
+    policy = TrainTransform(32, augment="autoaugment_v0")._policy
+    before = random.getstate()
+    with pytest.raises(AttributeError):
+        for _ in range(20):  # some sub-policies leave what they get as it is
+            policy(None)
+    assert random.getstate() == before
+
+
+def test_policy_v0_is_the_table_of_the_authors_efficientnet_code():
+    """In timm's version; the AutoAugment paper's has no SolarizeAdd and begins with Posterize."""
+    policy = TrainTransform(32, augment="autoaugment_v0", interpolation="bilinear", fill=(123.7, 116.3, 103.5))._policy
+    ours, theirs = policy.policy.policy, auto_augment_policy_v0({})
+    table = [[(op.name, op.prob, op.magnitude) for op in operations] for operations in ours]
+    assert table == [[(op.name, op.prob, op.magnitude) for op in operations] for operations in theirs]
+    assert len(table) == 25 and table[0] == [("Equalize", 0.8, 1), ("ShearY", 0.8, 4)]
+    assert {"SolarizeAdd", "TranslateYRel"} < {name for operations in table for name, _, _ in operations}
+    options = {(op.kwargs["fillcolor"], op.kwargs["resample"]) for operations in ours for op in operations}
+    assert options == {((124, 116, 104), Image.Resampling.BILINEAR)}
 
 
 def test_padded_crop_shifts_by_at_most_an_eighth_and_flips():

@@ -254,6 +254,10 @@ MISTAKES = {
     "arch typo": ({"name": "timm", "arch": "resnet81"}, r"no network 'resnet81' \(did you mean"),
     "pattern typo": ({"name": "timm", "arch": "resnet10t", "pattern": "layer5.*"}, "no module matches.*'layer5"),
     "no pattern": ({"name": "timm", "arch": "resnet10t"}, "nothing to convert"),
+    "no single classifier": (
+        {"name": "timm", "arch": "deit_tiny_distilled_patch16_224", "experts": 0, "classifier_std": 0.01},
+        "has no single classifier layer to be drawn",
+    ),
     "timm width": ({"name": "timm", "arch": "resnet10t", "width": 0.5}, "not available for model timm"),
 }
 
@@ -265,19 +269,54 @@ def test_mistakes_are_named(case: str) -> None:
         create_model(**{"name": "mobilenet_v1", **options})
 
 
-@pytest.mark.parametrize(("name", "experts"), [("resnet18", 0), ("resnet18", 2), ("efficientnet_b0", 2)])
-def test_classifier_std_draws_the_classifier_and_nothing_else(name: str, experts: int) -> None:
-    """Also each expert of a converted classifier; the network's own draw stays where it is not asked for."""
-    networks = []
-    for std in (None, 0.05):
-        torch.manual_seed(0)
-        networks.append(create_model(name, 10, experts, classifier_std=std))
-    own, drawn = (dict(network.named_parameters()) for network in networks)
-    weight = drawn[f"{'fc' if name == 'resnet18' else 'classifier'}.weight"]
-    for expert in weight if weight.dim() == 3 else [weight]:
-        assert 0.045 < expert.std().item() < 0.055
-    changed = [key for key, value in own.items() if not torch.equal(value, drawn[key])]
-    assert {key.split(".")[0] for key in changed} == {"fc" if name == "resnet18" else "classifier"}
+DRAWN = {
+    "efficientnet_b0": {"name": "efficientnet_b0", "width": 0.5},
+    "resnet18": {"name": "resnet18", "width": 0.5},
+    "timm": {"name": "timm", "arch": "resnet10t", "pattern": "layer4.*"},
+}
+
+
+def seeded(seed: int = 0, **options: object) -> nn.Module:
+    torch.manual_seed(seed)
+    return create_model(**{"num_classes": 10, **options})
+
+
+def with_drawn_classifier(net: nn.Module, std: float) -> nn.Module:
+    """The static network, its classifier drawn by hand after all else."""
+    with torch.no_grad():
+        net.get_classifier().weight.normal_(0.0, std)
+        net.get_classifier().bias.zero_()
+    return net
+
+
+@pytest.mark.parametrize("case", DRAWN)
+def test_classifier_std_draws_the_static_classifier_and_nothing_else(case: str) -> None:
+    found = seeded(**DRAWN[case], experts=0, classifier_std=0.05).state_dict()
+    expected = with_drawn_classifier(seeded(**DRAWN[case], experts=0), 0.05).state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+    own = seeded(**DRAWN[case], experts=0).state_dict()
+    changed = {key.split(".")[0] for key, value in own.items() if not torch.equal(value, found[key])}
+    assert changed == {"classifier" if case == "efficientnet_b0" else "fc"}
+
+
+@pytest.mark.parametrize("classifier", [True, False])
+@pytest.mark.parametrize("experts", [1, 4])
+@pytest.mark.parametrize("case", DRAWN)
+def test_a_drawn_classifier_begins_with_the_static_twins(case: str, experts: int, classifier: bool) -> None:
+    static = seeded(**DRAWN[case], experts=0, classifier_std=0.05)
+    net = seeded(**DRAWN[case], experts=experts, classifier=classifier, classifier_std=0.05)
+    layers = cond_layers(net)
+    for key, twin in static.named_parameters():
+        found = net.get_parameter(key)
+        assert torch.equal(found[0] if key.rpartition(".")[0] in layers else found, twin), key
+    head = net.get_classifier()
+    assert isinstance(head, CondLinear) == classifier
+    if classifier:
+        assert head.bias.shape == (experts, 10) and not head.bias.any()
+        weight = head.weight.detach().flatten(1)
+        assert all(0.045 < float(expert.std()) < 0.055 for expert in weight)
+        alike = torch.corrcoef(weight).view(experts, experts) - torch.eye(experts)
+        assert float(alike.abs().max()) < 0.1, "experts are drawn independently"
 
 
 @pytest.mark.slow

@@ -183,6 +183,30 @@ def test_another_temperature_is_kept_though_the_file_has_one(tmp_path: Path) -> 
     assert temperatures(temperature=0.5) == {0.5} and temperatures(temperature=2.0) == {2.0}
 
 
+def test_new_classifiers_are_drawn_and_trained_ones_stay(tmp_path: Path) -> None:
+    """Upcycled, a new one has the static network's output; otherwise its first expert is the static network's."""
+
+    def build(experts: int, **options: object) -> nn.Module:
+        torch.manual_seed(0)
+        return create_model("mobilenet_v1", experts=experts, width=0.25, classifier_std=0.05, **options)
+
+    path = saved(create_model("mobilenet_v1", 10, 0, width=0.25), tmp_path)
+    static = build(0, num_classes=7, pretrained=path, new_classifier=True)
+    assert 0.04 < float(static.classifier.weight.detach().std()) < 0.06 and not static.classifier.bias.any()
+    upcycled = build(4, num_classes=7, pretrained=path, new_classifier=True, init="upcycle")
+    assert_unchanged(upcycled, static)
+    whole = build(0, num_classes=10, pretrained=path)
+    assert_unchanged(build(4, num_classes=10, pretrained=path, init="upcycle"), whole)
+
+    trained = create_model("mobilenet_v1", 10, 4, width=0.25)
+    path = saved(trained, tmp_path)
+    other = build(4, num_classes=7, pretrained=path, new_classifier=True).classifier.weight.detach()
+    assert torch.equal(other[0], static.classifier.weight)
+    assert all(0.04 < float(expert.std()) < 0.06 for expert in other)
+    again = build(4, num_classes=10, pretrained=path)
+    assert torch.equal(again.classifier.weight, trained.classifier.weight)
+
+
 def test_damaged_checkpoints_are_refused_and_older_ones_taken(tmp_path: Path) -> None:
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     network = create_model("mobilenet_v1", 10, 0, width=0.25)

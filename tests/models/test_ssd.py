@@ -11,6 +11,7 @@ from torch import Tensor
 
 from condconv import CondConv2d
 from condconv.complexity import complexity
+from condconv.routing import SoftmaxRouter
 from models import create_detector, create_model, list_backbones
 from models.boxes import Suppression, suppress, top_candidates
 from models.detection_losses import box_coder
@@ -218,6 +219,24 @@ def test_a_detectors_weights_with_and_without_its_classes(tmp_path: Path) -> Non
     save_weights(path, static.state_dict(), Card({**model, "experts": 0}))
     with pytest.raises(ValueError, match="a static detector, which cannot get experts"):
         tiny(2, pretrained=path)
+
+
+def test_another_temperature_is_kept_though_the_detectors_file_has_one(tmp_path: Path) -> None:
+    """In the backbone and the head; one that a schedule has changed stays unless another was asked for."""
+    options = {"routing": "softmax", "condconv_extras": True}
+    source = tiny(2, **options)
+    routers = [module for module in source.modules() if isinstance(module, SoftmaxRouter)]
+    for router in routers:
+        router.set_temperature(0.5)
+    model = {"name": "ssd_mobilenet_v1", "width": 0.25, "experts": 2, "num_classes": 3, "temperature": 1.0}
+    path = save_weights(tmp_path / "detector.safetensors", source.state_dict(), Card(model))
+
+    def temperatures(asked: float) -> list[float]:
+        state = tiny(2, **options, temperature=asked, pretrained=path).state_dict()
+        return [pytest.approx(float(value)) for key, value in state.items() if key.endswith("temperature")]
+
+    assert temperatures(0.1) == [0.1] * len(routers)
+    assert temperatures(1.0) == [0.5] * len(routers)
 
 
 def test_freezing_the_backbone_leaves_experts_and_the_head() -> None:
