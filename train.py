@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch import nn
 
-from configs.checks import check_train
+from configs.checks import check_train, classes_of
 from configs.claims import in_own_folder
 from configs.messages import EXIT_REQUEUE, run_as_command, run_job
 from configs.resolvers import register_resolvers
@@ -54,7 +54,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     if rank_zero_only.rank == 0:  # mistakes in the data come to light before any run is started
         datamodule.prepare_data()
         datamodule.setup("fit")
-    cfg.model.num_classes = datamodule.num_classes
+    cfg.model.num_classes = classes_of(datamodule, cfg)
     net = build_network(cfg.model, cfg.condconv, datamodule.num_classes, **weights)
     recipe = {key: instantiate(cfg.optim[key], _convert_="all") for key in ("optimizer", "schedule")}
     module = instantiate(cfg.task, _partial_=True)(net, datamodule.num_classes, **recipe)

@@ -149,6 +149,21 @@ def check_classes(cfg: DictConfig, saved: DictConfig, data: Any) -> int:
     return int(count)
 
 
+def classes_of(data: Any, cfg: DictConfig) -> int:
+    """The number of classes of a network to be trained: the data's.
+
+    Raises:
+        UserError: the config has another one.
+    """
+    asked, count = cfg.model.num_classes, int(data.num_classes)
+    if asked not in (None, count):
+        instead = (
+            "leave it out: the network has as many as the data." if cfg.resume is None else "resume it on its own."
+        )
+        raise UserError(f"model.num_classes={asked}, but the data has {count} classes; {instead}")
+    return count
+
+
 def check_complete(cfg: DictConfig) -> None:
     """Every required value (`???`) is given, and every interpolation resolves."""
     missing = sorted(OmegaConf.missing_keys(cfg))
@@ -312,6 +327,8 @@ def without_regularization(cfg: DictConfig) -> None:
     for key in REGULARIZERS:
         if OmegaConf.select(cfg, key) is not None:
             OmegaConf.update(cfg, key, 0.0)
+    if OmegaConf.select(cfg, "optim.optimizer.decay_by_role") is not None:  # it would win over weight_decay and l2
+        cfg.optim.optimizer.decay_by_role = {}
     if OmegaConf.select(cfg, "task.batch_transform") is not None:  # of mixed images there is no train/top1 either
         cfg.task.batch_transform = None
 

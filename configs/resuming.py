@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from condconv.files import LAST, newest_good, versions
 from configs.checks import without_regularization
 from configs.messages import UserError
+from configs.results import read_result
 from configs.runs import CONFIG_FILE, plain
 
 # What does not change what is learned, or only how long: everything else needs resume_force=true. Numerics (backend,
@@ -53,11 +58,18 @@ HARMLESS = (
     "paths.*",
     "sweep*",
 )
-# Filled in by the data or by pretrained weights when the run began, or by the command itself.
-NOT_COMPARED = ("resume", "resume_force", "model.num_classes")
+# The command's own.
+NOT_COMPARED = ("resume", "resume_force")
+# Filled in when the run began: by the data, or by pretrained weights. A config that is composed anew does not have it.
+FROM_DATA = ("model.num_classes",)
 FROM_WEIGHTS = ("data.normalize", "model.timm_options*")
-# Which optimiser it is: another one has no use for the state of this one.
-OPTIMIZER = ("optim.optimizer._target_", "optim.optimizer.name")
+# What cannot be changed by force either, and why.
+NO_USE_FOR_STATE = "it could not go on from the state of the run's optimiser"
+NEVER = {
+    "optim.optimizer._target_": NO_USE_FOR_STATE,
+    "optim.optimizer.name": NO_USE_FOR_STATE,
+    "condconv.temperature": "the checkpoint holds the temperature beside the routers' weights, and would put it back",
+}
 
 
 def resumed_config(folder: str | Path, overrides: Sequence[str] = (), composed: DictConfig | None = None) -> DictConfig:
@@ -69,20 +81,12 @@ def resumed_config(folder: str | Path, overrides: Sequence[str] = (), composed: 
     saved one.
 
     Raises:
-        UserError: the folder is no run's folder; an override is of no value that the config has; or a change would
-            make another training of it, and `resume_force=true` was not given.
+        UserError: the folder is no run's folder; an override is of no value that the config has, or of one from which
+            another follows that cannot be computed anew; or a change would make another training of it, and
+            `resume_force=true` was not given.
     """
     folder = Path(folder).expanduser()
-    saved_file = folder / CONFIG_FILE
-    if not saved_file.is_file():
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()  # Hydra has just made it
-        raise UserError(f"resume={folder}: not the folder of a run (it has no {CONFIG_FILE}).")
-    cfg = OmegaConf.create(yaml.safe_load(saved_file.read_text(encoding="utf-8")))
-    for key, value in (("resume_force", False), ("regularization", cfg.get("regularization", True))):
-        OmegaConf.update(cfg, key, value, force_add=True)  # runs of earlier versions have no such key
-    saved = plain(cfg)
-    OmegaConf.set_struct(cfg, True)
+    saved = _saved_config(folder)
     chosen = [
         each for each in OverridesParser.create().parse_overrides(list(overrides)) if each.key_or_group != "resume"
     ]
@@ -91,29 +95,15 @@ def resumed_config(folder: str | Path, overrides: Sequence[str] = (), composed: 
     groups = [
         each
         for each in chosen
-        if isinstance(OmegaConf.select(cfg, each.key_or_group), DictConfig) and each.value() is not None
+        if isinstance(OmegaConf.select(OmegaConf.create(saved), each.key_or_group), DictConfig)
+        and each.value() is not None
     ]
     # Presets (experiment=, debug=) leave nothing under their own name.
     presets = [each for each in chosen if each.key_or_group in ("experiment", "debug", "sweep")]
     if (groups or presets) and composed is not None:
-        cfg = OmegaConf.create(plain(composed))
-        without_regularization(cfg)  # as in the config that was saved
-        for key in _matching(saved, _not_compared(saved)):
-            if key == "resume_force":
-                continue
-            OmegaConf.update(cfg, key, OmegaConf.select(OmegaConf.create(saved), key), force_add=True)
+        cfg = _recomposed(saved, composed, chosen)
     else:
-        links = _links(saved, composed)
-        for each in chosen:
-            key = each.key_or_group
-            if key not in _flat(saved) and not isinstance(OmegaConf.select(cfg, key), DictConfig):
-                raise UserError(f"resume={folder}: the run's config has no value {key}.")
-            links.pop(key, None)
-        for key, expression in links.items():
-            OmegaConf.update(cfg, key, expression)
-        for each in chosen:
-            OmegaConf.update(cfg, each.key_or_group, each.value(), merge=False)
-        cfg = OmegaConf.create(plain(cfg))
+        cfg = _changed(saved, chosen, _expressions(_own_composition(folder) or composed), folder)
         if loggers and composed is not None:
             OmegaConf.update(cfg, "logger", plain(composed)["logger"], merge=False)
     _follow(cfg, saved["paths"]["run"], str(folder.absolute()))
@@ -123,8 +113,62 @@ def resumed_config(folder: str | Path, overrides: Sequence[str] = (), composed: 
     return cfg
 
 
-def _not_compared(saved: dict[str, Any]) -> tuple[str, ...]:
-    return NOT_COMPARED if saved.get("pretrained") is None else NOT_COMPARED + FROM_WEIGHTS
+def _saved_config(folder: Path) -> dict[str, Any]:
+    saved_file = folder / CONFIG_FILE
+    if not saved_file.is_file():
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()  # Hydra has just made it
+        raise UserError(f"resume={folder}: not the folder of a run (it has no {CONFIG_FILE}).")
+    cfg = OmegaConf.create(yaml.safe_load(saved_file.read_text(encoding="utf-8")))
+    for key, value in (("resume_force", False), ("regularization", cfg.get("regularization", True))):
+        OmegaConf.update(cfg, key, value, force_add=True)  # runs of earlier versions have no such key
+    return plain(cfg)
+
+
+def _recomposed(saved: dict[str, Any], composed: DictConfig, chosen: Sequence[Override]) -> DictConfig:
+    """The config of the whole command line; what was filled in when the run began is the run's, unless it is typed."""
+    cfg = OmegaConf.create(plain(composed))
+    without_regularization(cfg)  # as in the config that was saved
+    typed = {key for each in chosen for key in _flat(each.value(), each.key_or_group)}
+    for key in _matching(saved, FROM_DATA if saved.get("pretrained") is None else FROM_DATA + FROM_WEIGHTS):
+        if key not in typed:
+            OmegaConf.update(cfg, key, OmegaConf.select(OmegaConf.create(saved), key), force_add=True)
+    return cfg
+
+
+def _changed(
+    saved: dict[str, Any], chosen: Sequence[Override], expressions: dict[str, str], folder: Path
+) -> DictConfig:
+    """The saved config with single values changed, and with them what follows from them by the expressions."""
+    cfg, before = OmegaConf.create(saved), _flat(saved)
+    OmegaConf.set_struct(cfg, True)
+    for each in chosen:
+        key = each.key_or_group
+        if key not in before and not isinstance(OmegaConf.select(cfg, key), DictConfig):
+            raise UserError(f"resume={folder}: the run's config has no value {key}.")
+    typed = {each.key_or_group for each in chosen}
+    expressions = {key: each for key, each in expressions.items() if key in before and key not in typed}
+    links = {key: each for key, each in expressions.items() if _computed(saved, key, each) == before[key]}
+    for key, expression in links.items():
+        OmegaConf.update(cfg, key, expression)
+    for each in chosen:
+        OmegaConf.update(cfg, each.key_or_group, each.value(), merge=False)
+    changed = plain(cfg)
+    after = _flat(changed)
+    left = [
+        key
+        for key, each in expressions.items()
+        if key in after
+        and key not in links
+        and _computed(changed, key, each) not in (_computed(saved, key, each), after[key])
+    ]
+    if left:
+        raise UserError(
+            f"resume={folder}: {', '.join(f'{key} (now {before[key]})' for key in left)} would follow from what is "
+            "changed, but the run has another value there than the configs give, so it cannot be computed anew. "
+            f"Say what it shall be: {' '.join(f'{key}=...' for key in left)}"
+        )
+    return OmegaConf.create(changed)
 
 
 def checkpoint_to_resume(folder: str | Path | None) -> Path | None:
@@ -147,28 +191,38 @@ def checkpoint_to_resume(folder: str | Path | None) -> Path | None:
     return found
 
 
-def _links(saved: dict[str, Any], composed: DictConfig | None) -> dict[str, str]:
-    """Keys of a saved config whose value follows from others, with the expression: `task.compile` is `${compile}`.
+def _own_composition(folder: Path) -> DictConfig | None:
+    """What the run's first command line composes today; None if it is not known, or no longer possible."""
+    words = (read_result(folder) or {}).get("overrides")
+    if not words or not GlobalHydra().is_initialized():
+        return None
+    try:
+        return compose("train", overrides=[str(word) for word in words])
+    except HydraException:  # an experiment of that time, a group by its former name
+        return None
 
-    A saved config has values only. Expressions are taken from a config of today, where they give the saved value.
+
+def _expressions(composed: DictConfig | None) -> dict[str, str]:
+    """Keys whose value follows from others, with the expression: `task.compile` is `${compile}`.
+
+    A saved config has values only, so expressions are taken from a config of today: of the run's own groups, or, if
+    these are not known, of the default ones, which may have others (`_changed` uses those that give the saved value).
     """
-    if composed is None:
-        return {}
-    expressions = {
+    return {
         key: value
-        for key, value in _flat(OmegaConf.to_container(composed, resolve=False)).items()
+        for key, value in _flat({} if composed is None else OmegaConf.to_container(composed, resolve=False)).items()
         if isinstance(value, str) and "${" in value and not _is_in(key, ("name", "paths.*", "hydra.*", "logger.*"))
     }
-    flat, links = _flat(saved), dict[str, str]()
-    for key, expression in expressions.items():
-        probe = OmegaConf.create(saved)
-        try:
-            OmegaConf.update(probe, key, expression)
-            if key in flat and OmegaConf.select(probe, key) == flat[key]:
-                links[key] = expression
-        except OmegaConfBaseException:  # it refers to what the saved config does not have
-            continue
-    return links
+
+
+def _computed(config: dict[str, Any], key: str, expression: str) -> Any:
+    """What an expression gives for a key; itself if it refers to what the config does not have."""
+    probe = OmegaConf.create(config)
+    try:
+        OmegaConf.update(probe, key, expression)
+        return OmegaConf.select(probe, key)
+    except OmegaConfBaseException:
+        return expression
 
 
 def _follow(cfg: DictConfig, old: str, new: str) -> None:
@@ -184,21 +238,18 @@ def check_changes(
     """Print how two configs differ; `groups` are those chosen on the command line, if all of it was composed for that.
 
     Raises:
-        UserError: if a difference is more than harmless, unless forced; if it is another optimiser, forced or not.
+        UserError: if a difference is more than harmless, unless forced; if it is one of `NEVER`, forced or not.
     """
     before, after = _flat(saved), _flat(wanted)
-    ignored = _not_compared(saved)
-    keys = [
-        key for key in {**before, **after} if before.get(key, "") != after.get(key, "") and not _is_in(key, ignored)
-    ]
+    keys = [key for key in {**before, **after} if before.get(key, "") != after.get(key, "") and key not in NOT_COMPARED]
     lines = {key: f"{key}: {before.get(key, '(absent)')} -> {after.get(key, '(absent)')}" for key in keys}
     serious = [key for key in keys if not _is_in(key, HARMLESS)]
-    other_optimizer = [lines[key] for key in keys if key in OPTIMIZER]
-    if force and other_optimizer:
-        raise UserError(
-            f"resume={folder}: {'; '.join(other_optimizer)}: it could not go on from the state of the run's optimiser. "
-            f"Start a new run; pretrained={folder / LAST} lets it begin with the weights of this one."
-        )
+    never = [key for key in keys if key in NEVER]
+    if force and never:
+        advice = "Leave it out, or start a new run."
+        if NEVER[never[0]] == NO_USE_FOR_STATE:
+            advice = f"Start a new run; pretrained={folder / LAST} lets it begin with the weights of this one."
+        raise UserError(f"resume={folder}: {lines[never[0]]}: {NEVER[never[0]]}. {advice}")
     if serious and not force:
         found = f"not the same training any more: {'; '.join(lines[key] for key in serious)}."
         if groups:  # perhaps these were not typed at all: they are what the command has without the run's other words
@@ -207,9 +258,9 @@ def check_changes(
                 f"resume={folder}: because of {chosen}= (a whole group) all of the command line is compared with the "
                 "run's: repeat it whole, or change single values (trainer.accelerator=gpu). Now it is "
                 f"{found} Start a new run"
-                + ("." if other_optimizer else ", or add resume_force=true, which makes all of these changes.")
+                + ("." if never else ", or add resume_force=true, which makes all of these changes.")
             )
-        forced = " or start a new run." if other_optimizer else ", start a new run, or add resume_force=true."
+        forced = " or start a new run." if never else ", start a new run, or add resume_force=true."
         raise UserError(f"resume={folder}: {found} Leave them out{forced}")
     for key in keys:
         print(f"resume: {lines[key]}" + ("  (forced)" if key in serious else ""))

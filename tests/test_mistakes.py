@@ -56,6 +56,7 @@ TRAIN_MISTAKES = {
     ),
     "no accumulation": ("trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches=0", "at least 1"),
     "no data.root": ("data=imagenet", "data.root must be given", "data.root=..."),
+    "classes of other data": ("model.num_classes=7", "=7, but the data has 10 classes", "leave it out"),
     "wrong data.root": ("data=imagefolder data.root=/no/such/folder", "/no/such/folder", "data.root"),
     "data set not downloaded": ("data=cifar10 data.root=/no/such/folder", "/no/such/folder", "download"),
     "wrong data.root of COCO": ("model=ssd_mobilenet_v1 data=coco data.root=/no/such", "/no/such", "data.root"),

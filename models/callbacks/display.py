@@ -95,6 +95,7 @@ class EpochLines(ProgressBar):
     def __init__(self) -> None:
         super().__init__()
         self._start_s = 0.0
+        self._validated = False  # in this epoch
 
     def disable(self) -> None:
         """Nothing to switch off: Lightning calls this on all processes but the first, which print nothing anyway."""
@@ -104,11 +105,17 @@ class EpochLines(ProgressBar):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start_s = time.perf_counter()
+        self._validated = False
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validated = not trainer.sanity_checking
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Validation has run by now: Lightning calls it before the training epoch ends.
         if trainer.is_global_zero:
-            shown = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith("lr-")}
+            # Lightning keeps figures until there are new ones: those of an earlier validation are not this epoch's.
+            hidden = ("lr-",) if self._validated else ("lr-", "val/", "val_ema/")
+            shown = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith(hidden)}
             figures = "  ".join(f"{key} {value:.4f}" for key, value in sorted(shown.items()))
             epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else "?"
             seconds = time.perf_counter() - self._start_s

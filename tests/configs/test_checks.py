@@ -11,7 +11,14 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from configs.checks import check_classes, check_eval, check_pretrained, check_train, without_regularization
+from configs.checks import (
+    check_classes,
+    check_eval,
+    check_pretrained,
+    check_train,
+    classes_of,
+    without_regularization,
+)
 from configs.messages import UserError
 from configs.resolvers import register_resolvers
 from models.stopping import StopRequests, seconds
@@ -92,6 +99,28 @@ def test_nothing_is_mixed_without_regularization() -> None:
     detector = composed("model=ssd_mobilenet_v1", "regularization=false")
     without_regularization(detector)
     assert "batch_transform" not in detector.task
+
+
+def test_no_role_decays_without_regularization() -> None:
+    """A role's own coefficient would win over weight_decay=0."""
+    for given, kept in ((), {"expert": 0.1}), (("regularization=false",), {}):
+        cfg = composed("+optim.optimizer.decay_by_role.expert=0.1", *given)
+        without_regularization(cfg)
+        assert cfg.optim.optimizer.decay_by_role == kept
+    plain = composed("regularization=false")
+    without_regularization(plain)
+    assert "decay_by_role" not in plain.optim.optimizer
+
+
+def test_a_network_has_the_classes_of_its_data() -> None:
+    data = SimpleNamespace(num_classes=10)
+    for given in ("model.num_classes=null", "model.num_classes=10"):
+        assert classes_of(data, composed(given)) == 10
+    for wrong in (7, 0):
+        with pytest.raises(UserError, match=rf"model\.num_classes={wrong}, but the data has 10 classes; leave it out"):
+            classes_of(data, composed(f"model.num_classes={wrong}"))
+    with pytest.raises(UserError, match="=7, but the data has 10 classes; resume it on its own"):
+        classes_of(data, composed("model.num_classes=7", "resume=outputs/run"))
 
 
 def test_upcycling_needs_trained_weights() -> None:

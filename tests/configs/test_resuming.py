@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from condconv.files import save_sealed
 from configs.checks import without_regularization
 from configs.messages import UserError
 from configs.resolvers import register_resolvers
+from configs.results import write_result
 from configs.resuming import check_changes, checkpoint_to_resume, resumed_config
 from configs.runs import load_checkpoint, plain, save_config
 
@@ -96,6 +97,99 @@ def test_what_follows_from_a_changed_value_changes_too(folder: Path, capsys: pyt
     save_config(plain(cfg), folder)
     assert resume(folder, "compile=true").task.compile is True
     assert resume(folder, "channels_last=false").task.compile is True
+
+
+DETECTOR = ("model=ssd_mobilenet_v1", "logger=none", "data.batch_size_per_device=8")
+
+
+@pytest.fixture
+def detector(tmp_path: Path) -> Path:
+    """A run whose optim.lr follows from model.width, where that of the default groups follows from the batch."""
+    run = tmp_path / "detector"
+    cfg = composed(*DETECTOR, f"paths.run={run}")
+    cfg.model.num_classes = 10
+    save_config(plain(cfg), run)
+    return run
+
+
+def test_what_follows_is_computed_as_the_runs_own_groups_do(detector: Path) -> None:
+    write_result(detector, {"status": "interrupted", "overrides": [*DETECTOR, f"paths.run={detector}"]})
+    forced = (f"resume={detector}", "optim.base_lr=0.001", "resume_force=true")
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):  # as within Hydra's main
+        cfg = resumed_config(detector, forced, compose("train", overrides=list(forced)))
+        assert cfg.optim.lr == cfg.optim.optimizer.lr == pytest.approx(0.001 / 0.25)
+        batch = (f"resume={detector}", "data.batch_size_per_device=4", "resume_force=true")
+        assert resumed_config(detector, batch, compose("train", overrides=list(batch))).optim.lr == 0.003 / 0.25
+        # A run of groups that are no more: nothing is known of what follows from what.
+        write_result(detector, {"status": "interrupted", "overrides": ["experiment=no_more"]})
+        with pytest.raises(UserError, match=r"optim\.lr=\.\.\.$"):
+            resumed_config(detector, forced, compose("train", overrides=list(forced)))
+
+
+def test_what_would_follow_but_cannot_be_computed_is_asked_for(
+    detector: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without the run's words; optim.lr would stay, and the changed base would be one in name alone."""
+    asked = r"optim\.lr \(now 0\.012\) would follow .* Say what it shall be: optim\.lr=\.\.\.$"
+    for change in ("optim.base_lr=0.001", "data.batch_size_per_device=16"):
+        with pytest.raises(UserError, match=asked):
+            resume(detector, change, "resume_force=true")
+    cfg = resume(detector, "optim.base_lr=0.001", "optim.lr=0.004", "resume_force=true")
+    assert cfg.optim.lr == cfg.optim.optimizer.lr == 0.004
+    assert "resume: optim.optimizer.lr: 0.012 -> 0.004  (forced)\n" in capsys.readouterr().out
+    # Where nothing that is changed leads to it, nobody is asked.
+    assert resume(detector, "trainer.max_epochs=50", "seed=5", "resume_force=true").optim.lr == 0.012
+
+
+def test_the_temperature_is_the_checkpoints(folder: Path) -> None:
+    """It would be printed as changed, and come back with the routers' weights."""
+    soft = (*SMALL, "condconv.routing=softmax", "condconv.temperature=3.0")
+    cfg = composed(*soft, f"paths.run={folder}")
+    cfg.model.num_classes = 10
+    save_config(plain(cfg), folder)
+    for words in (("condconv.temperature=0.3",), (*soft[:-1], "condconv.temperature=0.3")):
+        with pytest.raises(UserError, match=r"condconv\.temperature: 3\.0 -> 0\.3.*[Ss]tart a new run\.$") as refused:
+            resume(folder, *words)
+        assert "resume_force" not in str(refused.value)
+        with pytest.raises(
+            UserError, match=r"temperature: 3\.0 -> 0\.3: the checkpoint holds .*Leave it out, or start"
+        ):
+            resume(folder, *words, "resume_force=true")
+    assert resume(folder, *soft, "trainer.max_epochs=50").condconv.temperature == 3.0
+
+
+@pytest.fixture
+def upcycled(tmp_path: Path) -> Path:
+    """A run whose weights brought another normalisation and an epsilon of their own."""
+    run = tmp_path / "upcycled"
+    cfg = composed(*SMALL, "pretrained=static.pth", "condconv.init=upcycle", f"paths.run={run}")
+    cfg.model.num_classes, cfg.data.normalize = 10, "half"
+    cfg.model.timm_options = {"bn_eps": 0.001}
+    save_config(plain(cfg), run)
+    return run
+
+
+@pytest.mark.parametrize(
+    "words", [(), (*SMALL, "pretrained=static.pth", "condconv.init=upcycle")], ids=["single", "whole"]
+)
+def test_what_pretrained_weights_brought_stays_unless_it_is_typed(
+    words: tuple[str, ...], upcycled: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = resume(upcycled, *words)
+    assert cfg.data.normalize == "half" and cfg.model.timm_options == {"bn_eps": 0.001} and cfg.model.num_classes == 10
+    assert resume(upcycled, *words, "data.normalize=half").data.normalize == "half"
+    assert capsys.readouterr().out == ""
+    for change, said in (
+        ("data.normalize=imagenet", "data.normalize: half -> imagenet"),
+        ("+model.timm_options.bn_eps=0.01", "model.timm_options.bn_eps: 0.001 -> 0.01"),
+        ("model.num_classes=7", "model.num_classes: 10 -> 7"),
+    ):
+        with pytest.raises(UserError, match=f"not the same training any more: {said}"):
+            resume(upcycled, *words, change)
+        cfg = resume(upcycled, *words, change, "resume_force=true")
+        key, _, value = change.lstrip("+").partition("=")
+        assert str(OmegaConf.select(cfg, key)) == value
+        assert f"resume: {said}  (forced)\n" in capsys.readouterr().out
 
 
 def test_callbacks_and_loggers_are_left_out_or_exchanged(folder: Path) -> None:

@@ -247,6 +247,13 @@ def test_one_line_for_each_epoch(capsys: pytest.CaptureFixture[str]) -> None:
     assert "val/top1" in lines[0] and "train/loss" in lines[0]
 
 
+def test_no_epoch_shows_the_validation_of_another(capsys: pytest.CaptureFixture[str]) -> None:
+    fit(module(), EpochLines(), max_epochs=4, check_val_every_n_epoch=2, enable_progress_bar=True)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    assert ["val/top1" in line for line in lines] == ["val/loss" in line for line in lines] == [False, True] * 2
+    assert all("train/loss" in line for line in lines)
+
+
 @pytest.mark.parametrize(("variable", "kind"), [("1", pl.callbacks.RichProgressBar), ("", EpochLines)])
 def test_a_bar_where_the_output_ends_in_a_terminal(
     variable: str, kind: type[pl.Callback], monkeypatch: pytest.MonkeyPatch
