@@ -212,11 +212,12 @@ def _static(layer: CondLayer, routing_E: Tensor) -> nn.Module:
         cls = Conv2dSameTF if same else nn.Conv2d
         options["padding"] = 0 if same else layer.padding
         static = nn.utils.skip_init(cls, layer.in_channels, layer.out_channels, **options)
-    frozen = {name for name, own in layer.named_parameters(recurse=False) if not own.requires_grad}
     for name, experts in _experts(layer).items():
         parameter = getattr(static, name)
         parameter.copy_(_mixed(experts, routing_E))
-        parameter.requires_grad_(name not in frozen)
+        # By its own name or as `weight_orig`, `parametrizations.weight.original`.
+        sources = [p for own, p in layer.named_parameters() if name in own and not own.startswith("router.")]
+        parameter.requires_grad_(any(source.requires_grad for source in sources))
     return static.train(layer.training)
 
 

@@ -65,7 +65,7 @@ def _check_layer(name: str, layer: _CondLayer) -> None:
         check_readable(layer.backend)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    if "weight" not in layer._parameters:
+    if not {"weight", "bias"} <= layer._parameters.keys():
         raise ValueError(f"{name} computes its experts (a parametrization, pruning): make them permanent first.")
     if not layer.weight.isfinite().all():
         raise ValueError(f"{name} has weights that are not finite, so they have no scale.")

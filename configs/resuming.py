@@ -244,12 +244,18 @@ def check_changes(
     keys = [key for key in {**before, **after} if before.get(key, "") != after.get(key, "") and key not in NOT_COMPARED]
     lines = {key: f"{key}: {before.get(key, '(absent)')} -> {after.get(key, '(absent)')}" for key in keys}
     serious = [key for key in keys if not _is_in(key, HARMLESS)]
-    never = [key for key in keys if key in NEVER]
+    # Named for the first time, or no more, biases of routers change their group in the optimiser.
+    reasons = NEVER | {
+        key: NO_USE_FOR_STATE
+        for key in keys
+        if key.endswith("_by_role.router_bias") and (key in before) != (key in after)
+    }
+    never = [key for key in keys if key in reasons]
     if force and never:
         advice = "Leave it out, or start a new run."
-        if NEVER[never[0]] == NO_USE_FOR_STATE:
+        if reasons[never[0]] == NO_USE_FOR_STATE:
             advice = f"Start a new run; pretrained={folder / LAST} lets it begin with the weights of this one."
-        raise UserError(f"resume={folder}: {lines[never[0]]}: {NEVER[never[0]]}. {advice}")
+        raise UserError(f"resume={folder}: {lines[never[0]]}: {reasons[never[0]]}. {advice}")
     if serious and not force:
         found = f"not the same training any more: {'; '.join(lines[key] for key in serious)}."
         if groups:  # perhaps these were not typed at all: they are what the command has without the run's other words

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from reports.comparison import Comparison, Metric, Row
+from reports.comparison import Comparison, Metric, Row, value_of
 from reports.curves import learning_curves
 from reports.groups import EXPERTS, experts_label, show, sort_key
 from reports.svg import BOTTOM, RIGHT, TOP, WIDTH, Axis, Chart, Picture, axes, padded, tick_label
@@ -112,13 +112,13 @@ def _points(picture: Picture, metric: Metric, placed: Iterable[tuple[float, int,
         if row.value.sd is not None:
             picture.bar(x, row.value.mean - row.value.sd, x, row.value.mean + row.value.sd, i)
         for run in row.group.runs:
-            value = metric.scaled(run.figures[metric.name])
+            value = value_of(run, metric)
             picture.dot(x, value, i, f"{row.label}, seed {show(run.seed)}: {metric.text(value)}", "run", 2.2)
         picture.dot(x, row.value.mean, i, f"{row.label}: {value_text(metric, row)}")
 
 
 def _spans(metric: Metric, rows: Sequence[Row]) -> tuple[float, float]:
-    values = [metric.scaled(run.figures[metric.name]) for row in rows for run in row.group.runs]
+    values = [value_of(run, metric) for row in rows for run in row.group.runs]
     values += [row.value.mean + sign * (row.value.sd or 0) for row in rows for sign in (-1, 1)]
     return padded(values)
 

@@ -2,7 +2,8 @@
 
 `config.yaml`, `result.json` and `metrics.csv` of every finished run are copied, as are `sweep.json` files, under their
 folders: absolute paths are reduced to what they end in, curves to one line for each epoch. Nothing in `out` is deleted,
-so runs of several machines and days add up; of a run that is there already the one that ended last is kept.
+so runs of several machines and days add up, and the jobs of their sweeps: one that is no longer planned has to be taken
+out of `sweep.json` by hand. Of a run that is there already the one that ended last is kept.
 """
 
 from __future__ import annotations

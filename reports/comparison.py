@@ -111,6 +111,11 @@ class Comparison:
         return [run for row in self.rows for run in row.group.runs]
 
     @property
+    def not_started(self) -> list[Run]:
+        """Those of the runs left out that a sweep has planned, and no more."""
+        return [run for run in self.left_out if run.status == "not started"]
+
+    @property
     def columns(self) -> list[str]:
         return list(self.rows[0].group.columns) if self.rows else []
 
@@ -166,8 +171,8 @@ def compare(runs: Sequence[Run], metric: str | None = None, baseline: str | None
 
 def _row(group: Group, metric: Metric, train: Metric, best: Metric) -> Row:
     runs = group.runs
-    value = _spread(runs, lambda run: metric.scaled(run.figures[metric.name]))
-    assert value is not None  # a group has a run, and every run of it the figure
+    value = _spread(runs, lambda run: value_of(run, metric))
+    assert value is not None  # a group has a run
     costs = {key: _spread(runs, value) for key, value in COSTS.items()}
     return Row(
         group,
@@ -182,6 +187,13 @@ def _row(group: Group, metric: Metric, train: Metric, best: Metric) -> Row:
         best=_spread(runs, lambda run: _scaled(best, run.best.get(best.name))),
         cautions=_cautions(runs),
     )
+
+
+def value_of(run: Run, metric: Metric) -> float:
+    """The compared figure, scaled, of a run that counts: it has one."""
+    value = run.figure(metric.name)
+    assert value is not None
+    return metric.scaled(value)
 
 
 def _scaled(metric: Metric, value: float | None) -> float | None:

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from reports.comparison import Comparison, Metric
+from reports.comparison import Comparison, Metric, value_of
 from reports.groups import EXPERTS, experts_label, show
 from reports.statistics import Difference
 
@@ -107,8 +107,7 @@ def _cautions(comparison: Comparison) -> list[Finding]:
     if wider:
         text = "Means of what they are compared with are over more seeds, so they do not differ by the difference shown"
         found.append(f"{text}: {_list([row.label for row in wider])}.")
-    if comparison.left_out:
-        many = len(comparison.left_out)
+    if many := len(comparison.left_out) - len(comparison.not_started):
         found.append(f"{many} run{'s' if many > 1 else ''} left out, not averaged in; the reasons are listed below.")
     for row in rows:
         found += [f"{row.label}: {caution}." for caution in row.cautions]
@@ -188,8 +187,7 @@ def _means(comparison: Comparison) -> list[Finding]:
     if not seeds:
         return []
     values = [
-        statistics.fmean(metric.scaled(run.figures[metric.name]) for run in row.group.runs if show(run.seed) in seeds)
-        for row in rows
+        statistics.fmean(value_of(run, metric) for run in row.group.runs if show(run.seed) in seeds) for row in rows
     ]
     means = ", ".join(
         f"{experts_label(row.group.experts)} {metric.text(value)}" for row, value in zip(rows, values, strict=True)

@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from reports.charts import charts_of, count
 from reports.colors import style
-from reports.comparison import Comparison, Row
+from reports.comparison import Comparison, Row, value_of
 from reports.configs import config_entries, shortened
 from reports.findings import findings
 from reports.groups import short_name, show
@@ -158,7 +158,9 @@ def _tiles(comparison: Comparison) -> list[dict[str, str]]:
     runs, rows = comparison.runs, comparison.rows
     seeds = {show(run.seed) for run in runs}
     left = comparison.left_out
-    tiles = [("runs that count", str(len(runs))), ("runs left out", str(len(left)))]
+    planned = len(comparison.not_started)
+    tiles = [("runs that count", str(len(runs))), ("runs left out", str(len(left) - planned))]
+    tiles += [("runs not started", str(planned))] if planned else []
     tiles += [("groups", str(len(rows))), ("seeds", str(len(seeds)))]
     tiles.append(("hours of training", f"{hours(runs) + hours(left):.1f}"))
     kinds = [comparison.metric.better(row.difference) for row in rows if row.difference is not None]
@@ -243,7 +245,7 @@ def _left_out(run: Run, options: Options) -> dict[str, str]:
 
 
 def _run(run: Run, index: int, row: Row, comparison: Comparison, options: Options) -> dict[str, Any]:
-    value, seconds = comparison.metric.scaled(run.figures[comparison.metric.name]), run.number("seconds")
+    value, seconds = value_of(run, comparison.metric), run.number("seconds")
     return {
         "index": index,
         "name": run.name,

@@ -60,7 +60,7 @@ def provenance(comparison: Comparison, options: Options) -> list[tuple[str, str]
     folders = {run.folder.parent for run in (*runs, *left)}
     commands = [sweep.command for sweep in options.sweeps if sweep.command and sweep.folder in folders]
     resumed = sum((run.number("parts") or 1) > 1 for run in runs)
-    planned = sum(run.status == "not started" for run in left)
+    planned = len(comparison.not_started)
     waiting = f", {planned} are planned and not started" if planned else ""
     n = f"{len(runs)} runs count, {len(left) - planned} are left out{waiting}; {resumed} were stopped and resumed"
     return [

@@ -66,8 +66,10 @@ class Run:
 
     def figure(self, name: str) -> float | None:
         """A figure by its name; of the training loss, which is logged step by step, the last epoch's mean."""
+        found = self.figures.get(name)
         points = self.curves.get(name) if name == "train/loss" else None
-        return points[-1][1] if points else self.figures.get(name)
+        # A curve has no point where the loss was no number.
+        return points[-1][1] if points and (found is None or math.isfinite(found)) else found
 
     @property
     def figure_names(self) -> set[str]:

@@ -19,8 +19,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
+import train as train_module
 from models.classification import ClassificationModule
-from train import train
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS_PER_EPOCH, EPOCHS = 4, 3
@@ -100,7 +100,8 @@ def _main(
     try:
         if before is not None:
             before(rank)
-        train(compose_train(*overrides))
+        train_module.typed = lambda: list(overrides)  # as on a command line, for what is changed on resuming
+        train_module.train(compose_train(*overrides))
     except SystemExit as stop:
         code = int(stop.code or 0)
     except BaseException:

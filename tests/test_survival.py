@@ -263,6 +263,7 @@ def test_the_time_limit_stops_and_can_be_resumed(undisturbed: Path, tmp_path: Pa
     assert run(overrides, tmp_path / "log", before=before) == [EXIT_REQUEUE], said(tmp_path)
     assert "Time limit (trainer.max_time)" in said(tmp_path)
     assert run([f"resume={tmp_path}", "trainer.max_time=null"], tmp_path / "log") == [0], said(tmp_path)
+    assert "trainer.max_time: 00:00:00:03 -> None" in said(tmp_path)
     assert_same_run(tmp_path, undisturbed)
 
 

@@ -57,19 +57,22 @@ class Doubled(nn.Module):
         return 2 * weight
 
 
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("bias", "frozen"), [(True, False), (False, False), (True, True)])
 @pytest.mark.parametrize(
     "compute",
     [lambda layer: register_parametrization(layer, "weight", Doubled()), lambda layer: prune(layer, "weight", 3)],
 )
-def test_experts_that_are_computed(compute: Callable[[nn.Module], object], bias: bool) -> None:
+def test_experts_that_are_computed(compute: Callable[[nn.Module], object], bias: bool, frozen: bool) -> None:
     layer = CondConv2d(3, 4, 3, bias=bias, num_experts=3)
     nn.init.zeros_(layer.router.fc.weight)
     compute(layer)
+    if frozen:
+        layer.requires_grad_(False)
+        layer.router.requires_grad_(True)
     net = nn.Sequential(layer)
     expected = net(X)
     report = collapse(net, routing_moments(net, [X]))
-    assert report.exact and net[0].weight.requires_grad
+    assert report.exact and net[0].weight.requires_grad is not frozen
     assert_close(net[0](X), expected, "mixed kernel")
 
 

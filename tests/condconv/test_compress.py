@@ -280,6 +280,7 @@ def test_mistakes_are_told_and_change_nothing() -> None:
     network[2].backend = "auto"
     for computed in (
         lambda layer: parametrize(layer, "weight", nn.Identity()),
+        lambda layer: parametrize(layer, "bias", nn.Identity()),
         lambda layer: prune(layer, "weight", 0.5),
     ):
         other = copy.deepcopy(network)

@@ -141,6 +141,19 @@ def test_what_would_follow_but_cannot_be_computed_is_asked_for(
     assert resume(detector, "trainer.max_epochs=50", "seed=5", "resume_force=true").optim.lr == 0.012
 
 
+def test_biases_of_routers_keep_their_group_in_the_optimiser(tmp_path: Path) -> None:
+    def config(**factors: float) -> dict[str, object]:
+        return {"optim": {"optimizer": {"lr_factor_by_role": factors}}}
+
+    check_changes(config(router=0.1, router_bias=0.1), config(router=0.1, router_bias=0.2), True, tmp_path)
+    for before, after in (
+        (config(router=0.1), config(router=0.1, router_bias=0.1)),
+        (config(router_bias=1.0), config()),
+    ):
+        with pytest.raises(UserError, match=r"router_bias: .* could not go on from the state"):
+            check_changes(before, after, True, tmp_path)
+
+
 def test_the_temperature_is_the_checkpoints(folder: Path) -> None:
     """It would be printed as changed, and come back with the routers' weights."""
     soft = (*SMALL, "condconv.routing=softmax", "condconv.temperature=3.0")

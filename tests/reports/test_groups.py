@@ -215,6 +215,17 @@ def test_the_training_loss_is_an_epochs_not_a_batchs(tmp_path: Path) -> None:
     assert row.train_difference is not None and row.train_difference.mean == pytest.approx(0.0, abs=1e-9)
 
 
+def test_the_training_loss_may_be_what_is_compared(tmp_path: Path) -> None:
+    for experts, batch in ((0, 9.9), (8, 9.0)):
+        write_run(tmp_path, experts, 1, figures={"test/top1": 0.5, "train/loss": batch})
+    write_run(tmp_path, 8, 2, figures={"test/top1": 0.5, "train/loss": float("nan")})
+    found = compared(tmp_path, metric="train/loss")
+    static, ours = (row.value.mean for row in found.rows)
+    assert static == ours == pytest.approx(0.59, abs=0.06) and found.rows[1].value.n == 1
+    assert found.rows[1].difference is not None and found.rows[1].difference.mean == 0
+    assert "not a finite number" in found.left_out[0].reason
+
+
 def test_means_over_other_seeds_are_not_set_beside_each_other(tmp_path: Path) -> None:
     write_sweep(tmp_path, experts=(0, 4, 8), seeds=(1, 2))
     write_run(tmp_path, 0, 3, top1=0.1)
