@@ -17,8 +17,10 @@ from configs.results import read_result
 from sweeps.jobs import STATES, JobRun, Progress, final_figure, progress, training_length
 
 STYLES = {"running": "cyan", "finished": "green", "failed": "bold red", "interrupted": "yellow", "waiting": "dim"}
-# Rows of the live table; more do not fit a screen.
+# Rows of the live table; a terminal with fewer lines gets fewer, since rich cuts off the end of what does not fit.
 MOST_ROWS = 24
+# Lines around them: title, head and borders, and up to three below, which may wrap.
+OTHER_LINES = 8
 
 
 class Display:
@@ -119,9 +121,12 @@ class Display:
         return Group(table, Text("  ".join(words) + "    Ctrl-C stops; the same command goes on"))
 
     def _rows(self) -> Sequence[JobRun]:
-        first = next((i for i, run in enumerate(self.runs) if run.state in ("running", "waiting")), 0)
-        start = max(0, min(first - 4, len(self.runs) - MOST_ROWS))
-        return self.runs[start : start + MOST_ROWS]
+        count = max(1, min(MOST_ROWS, self.console.height - OTHER_LINES))
+        # Not the first of both: Slurm starts jobs as it likes, and one may wait for a process of an earlier start.
+        places = [[i for i, run in enumerate(self.runs) if run.state == state] for state in ("running", "waiting")]
+        first = next((place[0] for place in places if place), 0)
+        start = max(0, min(first - count // 6, len(self.runs) - count))
+        return self.runs[start : start + count]
 
     def _cells(self, run: JobRun) -> tuple[str, str, str]:
         if run.state == "running":

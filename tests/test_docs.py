@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import inspect
 import re
 import shlex
 from pathlib import Path
 from types import ModuleType
+from typing import Any, get_type_hints
 
 import pytest
 from hydra import compose, initialize_config_dir
+from torch import Tensor
 
+from condconv import convert
+from condconv.ops.registry import BACKENDS
+from condconv.ops.spec import Problem
+from condconv.upcycle import Upcycle
+from models.backbones import create_model
 from reports.options import parse as parse_report
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,6 +57,33 @@ def test_the_example_of_the_library_runs() -> None:
     exec(compile(blocks[0], "README.md", "exec"), {"__name__": "readme"})
 
 
+def test_the_example_of_weights_calls_what_there_is() -> None:
+    """It needs files, so it does not run: its names are those of the code, and its arguments are taken."""
+    known = {"create_model": create_model, "convert": convert, "Upcycle": Upcycle}
+    (block,) = code_blocks("python", ROOT / "docs" / "weights.md")
+    compile(block, "weights.md", "exec")
+    calls = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)]
+    assert {ast.unparse(call.func) for call in calls} == set(known)
+    for call in calls:
+        arguments = {str(keyword.arg): keyword.value for keyword in call.keywords}
+        inspect.signature(known[ast.unparse(call.func)]).bind(*call.args, **arguments)
+
+
+def test_the_functions_of_a_new_backend_are_those_of_the_others() -> None:
+    """As docs/adding-a-backend.md declares them, in names and order; the names of its annotations exist."""
+    declared: dict[str, Any] = {"Problem": Problem, "Tensor": Tensor}
+    (block,) = code_blocks("python", ROOT / "docs" / "adding-a-backend.md")
+    exec(compile(block, "adding-a-backend.md", "exec"), declared)
+    # Those of Triton stand behind functions that import them at the first call, and take whatever these take.
+    eager = [backend for backend in BACKENDS.values() if not backend.name.startswith("triton")]
+    assert len(eager) >= 5
+    for name in ("supports", "forward", "backward"):
+        assert get_type_hints(declared[name])
+        for backend in eager:
+            expected, actual = (inspect.signature(f).parameters for f in (getattr(backend, name), declared[name]))
+            assert list(actual) == list(expected), (backend.name, name)
+
+
 @pytest.mark.parametrize("command", commands("train", "eval", "predict", "export"))
 def test_commands_compose(command: str) -> None:
     """Names of groups and keys exist; values that name this user's folders are taken as they are."""
@@ -77,9 +113,41 @@ def test_pages_have_commands_to_check() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    targets = re.findall(r"\]\(([^)#]+?)\)", page.read_text())
-    missing = [t for t in targets if not t.startswith("http") and not (page.parent / t).exists()]
+    """Files exist, and so do the headings that anchors name; pages of other sites are not asked."""
+    targets = [t for t in re.findall(r"\]\(([^)\s]+)", page.read_text()) if not t.startswith("http")]
+    missing = [target for target in targets if not leads_somewhere(page, target)]
     assert not missing, f"{page.name} links to {missing}"
+
+
+def leads_somewhere(page: Path, target: str) -> bool:
+    name, _, anchor = target.partition("#")
+    goal = page.parent / name if name else page
+    return goal.exists() and (not anchor or anchor in anchors(goal))
+
+
+def anchors(page: Path) -> list[str]:
+    """What GitHub calls the headings of a page: small letters, no punctuation, "-" for a space, "-1" for the second."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    found: list[str] = []
+    for heading in re.findall(r"^#{1,6} +(.+?)[ #]*$", text, re.MULTILINE):
+        slug = re.sub(r"[^\w\- ]", "", re.sub(r"\[(.*?)\]\(.*?\)", r"\1", heading).lower()).replace(" ", "-")
+        times = sum(re.fullmatch(rf"{re.escape(slug)}(-\d+)?", other) is not None for other in found)
+        found.append(f"{slug}-{times}" if times else slug)
+    return found
+
+
+def test_links_to_nowhere_are_noticed(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A page: [its](x.md) `name`\n\n## Weights & more\n\n## Twice\n\n## Twice\n\n```\n# no heading\n```\n"
+    )
+    assert anchors(page) == ["a-page-its-name", "weights--more", "twice", "twice-1"]
+    (tmp_path / "other.md").touch()
+    for target, leads in (
+        ("other.md", True), ("page.md#twice-1", True), ("#twice", True), ("#thrice", False), ("none.md", False),
+        ("none.md#twice", False), ("other.md#twice", False),
+    ):  # fmt: skip
+        assert leads_somewhere(page, target) == leads, target
 
 
 def test_make_targets_named_in_the_docs_exist() -> None:

@@ -36,6 +36,7 @@ SAME = (
     "trainer.max_epochs=2",
 )
 GLOBAL_BATCH = 12
+FIGURES = {f"{stage}/{name}" for stage in ("val", "val_ema", "test", "test_ema") for name in ("top1", "top5", "loss")}
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +94,21 @@ def compose_network() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_every_image_is_evaluated_once(ranks: int, trained: dict[int, Path]) -> None:
-    """Top-1 is a whole number of 359 images, and of the weights that all of them have."""
-    for row in read_metrics(trained[ranks]):
-        for key in ("val/top1", "val_ema/top1", "test/top1", "test/top5"):
-            if row.get(key):
-                hits = float(row[key]) * 359
-                assert abs(hits - round(hits)) < 1e-3, (key, row[key])
+    """Accuracy is a whole number of 359 images, and all figures are those of one process, in every epoch."""
+    wanted, found = figures_of(trained[1]), figures_of(trained[ranks])
+    assert found.keys() == FIGURES
+    for key, values in found.items():
+        assert len(values) == (1 if key.startswith("test") else 2), key
+        assert values == pytest.approx(wanted[key], rel=1e-6), key
+        for value in values if not key.endswith("loss") else ():
+            assert abs(value * 359 - round(value * 359)) < 1e-3, (key, value)
+
+
+def figures_of(folder: Path) -> dict[str, list[float]]:
+    """What metrics.csv says of evaluations, by the name of the figure, one value for each."""
+    rows = read_metrics(folder)
+    given = {key: [float(row[key]) for row in rows if row.get(key)] for key in FIGURES}
+    return {key: values for key, values in given.items() if values}
 
 
 def evaluating(out: Path, overrides: list[str]) -> Callable[[int], None]:

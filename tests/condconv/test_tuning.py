@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import threading
@@ -14,6 +15,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import nn
 
 import condconv
@@ -235,9 +238,40 @@ def test_the_measured_backend_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert torch.allclose(layer(x), expected, atol=1e-6) and ran == [other]
 
 
-def without_memory(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+def tuning_worker(rank: int, folder: Path) -> None:
+    """Of two processes, each with a cache of its own; what the rule takes is the slowest, so that answers show."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+
+    def measure(problem: Problem, repeats: int) -> Measurement:
+        assert rank == 0, "measured by another than the first process"
+        names = [backend.name for backend in measuring.candidates(problem)]
+        return Measurement(problem, {name: 9.0 if name == rule(problem).backend else 1.0 for name in names})
+
+    measuring.measure = measure
+    explanation = condconv.autotune(net(), torch.randn(3, 3, 9, 9), cache=folder / f"cache{rank}.json")
+    assert all(choose(choice.problem).backend == choice.backend for choice in explanation.layers)
+    (folder / f"{rank}.json").write_text(json.dumps([(c.layer, c.backend, c.time_ms) for c in explanation.layers]))
+    dist.destroy_process_group()
+
+
+@pytest.mark.forks
+def test_the_first_process_measures_and_the_others_take_its_answers(tmp_path: Path) -> None:
+    mp.start_processes(tuning_worker, (tmp_path,), nprocs=2, start_method="fork")
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert [layer for layer, *_ in first] == ["0", "5"] and second == first
+    by_rule = condconv.explain(net(), torch.randn(3, 3, 9, 9)).layers
+    assert all(choice.backend != backend for choice, (_, backend, _) in zip(by_rule, first, strict=True))
+    assert (tmp_path / "cache0.json").is_file() and not (tmp_path / "cache1.json").exists()
+
+
+NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+ON_A_CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory")
+
+
+def without_memory(monkeypatch: pytest.MonkeyPatch, *names: str, error: Exception = NO_MEMORY) -> None:
     def forward(*args: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        raise error
 
     for name in names:
         monkeypatch.setitem(BACKENDS, name, BACKENDS[name]._replace(forward=forward))
@@ -255,6 +289,17 @@ def test_a_backend_that_runs_out_of_memory_is_passed_over(monkeypatch: pytest.Mo
     measurement = measuring.measure(choice.problem, repeats=1)  # raises nothing: other processes wait for the answer
     with pytest.raises(torch.OutOfMemoryError, match=r"Every backend ran out of memory: .*mixture.*smaller batch"):
         measurement.backend  # noqa: B018
+
+
+def test_a_cpu_says_otherwise_that_it_is_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = CondConv2d(4, 4, 3, num_experts=2), torch.randn(2, 4, 6, 6)
+    problem = condconv.explain(layer, x).layers[0].problem
+    with monkeypatch.context() as patched:
+        without_memory(patched, "mixture", error=ON_A_CPU)
+        assert measuring.measure(problem, repeats=1).time_ms["mixture"] == math.inf
+    without_memory(monkeypatch, "mixture", error=RuntimeError("another mistake"))
+    with pytest.raises(RuntimeError, match="another mistake"):
+        measuring.measure(problem, repeats=1)
 
 
 def test_the_random_stream_does_not_know_of_measurements(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Grouped BatchNorm statistics against plain BatchNorm on the groups, within one process and over two."""
+"""Grouped BatchNorm statistics against plain BatchNorm on the groups, within one process and over several."""
 
 from __future__ import annotations
 
@@ -60,6 +60,23 @@ def test_parts_of_a_batch_have_their_own_statistics(act: bool) -> None:
     assert torch.equal(copy.deepcopy(grouped)(x), plain(x))
 
 
+def test_a_smaller_last_batch_has_parts_of_at_least_a_group() -> None:
+    """Seven examples in groups of three are four and three, not three, three and one."""
+    plain, x = batchnorm(act=False), examples(7)
+    grouped = nn.Sequential(copy.deepcopy(plain))
+    group_batchnorm(grouped, 3, 9)
+    twins = [copy.deepcopy(plain), copy.deepcopy(plain)]
+    expected = torch.cat([twin(part) for twin, part in zip(twins, x.split((4, 3)), strict=True)])
+    assert torch.equal(grouped(x), expected)
+    for name in ("running_mean", "running_var"):
+        mean = (getattr(twins[0], name) + getattr(twins[1], name)) / 2
+        torch.testing.assert_close(getattr(grouped[0], name), mean)
+    assert grouped[0].num_batches_tracked == 1
+    # Five are less than two groups, so they are one.
+    plain.load_state_dict(grouped[0].state_dict())
+    assert torch.equal(grouped(x[:5]), plain(x[:5]))
+
+
 def synced_worker(rank: int, act: bool, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(PARTS))
@@ -88,6 +105,41 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path: Path) -> None:
     for rank in ranks:
         for name, value in layer.state_dict(prefix="state.").items():
             torch.testing.assert_close(rank[name], value, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def pairs_worker(rank: int, folder: Path) -> None:
+    """Two examples in each of four processes, and statistics over four."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4)
+    layer = nn.Sequential(batchnorm(act=False))
+    with pytest.raises(ValueError, match="groups of 3 processes do not divide 4 processes"):
+        group_batchnorm(layer, 6, 2)
+    assert type(layer[0]) is nn.BatchNorm2d
+    group_batchnorm(layer, 4, 2)
+    x = examples(8).split(2)[rank].clone().requires_grad_()
+    y = layer(x)
+    loss(y).backward()
+    state = {"y": y.detach(), "x": x.grad, "weight": layer[0].weight.grad, "bias": layer[0].bias.grad}
+    torch.save(state | layer[0].state_dict(prefix="state."), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.forks
+def test_groups_of_two_of_four_processes_have_their_own_statistics(tmp_path: Path) -> None:
+    mp.start_processes(pairs_worker, (tmp_path,), nprocs=4, start_method="fork")
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(4)]
+    for pair, part in zip((ranks[:2], ranks[2:]), examples(8).split(4), strict=True):
+        layer, x = batchnorm(act=False), part.clone().requires_grad_()
+        y = layer(x)
+        loss(y).backward()
+        torch.testing.assert_close(torch.cat([rank["y"] for rank in pair]), y.detach(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(torch.cat([rank["x"] for rank in pair]), x.grad, atol=1e-3, rtol=1e-4)
+        for name in ("weight", "bias"):
+            gradient = getattr(layer, name).grad
+            torch.testing.assert_close(pair[0][name] + pair[1][name], gradient, atol=1e-3, rtol=1e-4)
+        for rank in pair:
+            for name, value in layer.state_dict(prefix="state.").items():
+                torch.testing.assert_close(rank[name], value, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_groups_that_do_not_fit_are_named() -> None:

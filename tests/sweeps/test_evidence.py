@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from PIL import Image
 from condconv.files import LAST, save_sealed
 from configs.messages import UserError
 from configs.results import write_result
-from sweeps.evidence import best_with_experts, is_kept, keep_runs, main, minutes, run, with_static_network
+from sweeps.evidence import best_with_experts, is_kept, keep_runs, main, minutes, planned, run, with_static_network
 from sweeps.evidence_options import PROTOCOLS, STUDIES, parse
 
 
@@ -99,6 +100,40 @@ def test_collected_runs_count_as_done(data: Path, tmp_path: Path) -> None:
     assert own["name"] == "own", "what is there is left alone"
     with pytest.raises(UserError, match="there is no such folder"):
         keep_runs(parse([f"data.root={data}", "keep=/nowhere"]))
+
+
+def test_a_dry_run_lists_the_jobs_and_starts_none(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs, kept, plans = tmp_path / "runs", tmp_path / "kept", []
+    write_result(runs / "experts" / "experts-0_seed-1", {"status": "finished", "seconds": 60.0})
+    write_result(runs / "experts" / "experts-8_seed-1", {"status": "interrupted"})
+    write_result(kept / "experts" / "experts-4_seed-1", {"status": "finished", "seconds": 60.0})
+    before = sorted(tmp_path.rglob("*"))
+    words = [f"data.root={data}", f"runs={runs}", f"keep={kept}", "studies=experts", "seeds=1", "jobs=2", "--dry-run"]
+    monkeypatch.setattr("sys.argv", ["evidence", *words])
+    monkeypatch.setattr("sweeps.evidence.planned", lambda evidence: plans.append(planned(evidence)) or plans[0])
+    main()
+    states = {0: "finished", 8: "unfinished", 4: "finished", 16: "new", 1: "new"}
+    assert plans == [[("experts", f"experts-{experts}_seed-1", state) for experts, state in states.items()]]
+    lines = capsys.readouterr().out.splitlines()
+    told = [line.split(maxsplit=3) for line in lines[:5]]
+    assert [tuple(words[:3]) for words in told] == plans[0]
+    assert [words[3:] for words in told] == [
+        [],
+        ["about 36 CPU minutes"],
+        [],
+        *([f"about {n} CPU minutes"] for n in (45, 30)),
+    ]
+    assert lines[6] == "5 jobs, 3 to run: about 1.9 hours of one core, 0.9 with 2 at a time"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_plan_that_cannot_be_made_is_named(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = SimpleNamespace(returncode=1, stderr="error: There is no setting 'x'.\n", stdout="")
+    monkeypatch.setattr("sweeps.evidence.subprocess.run", lambda command, **options: said)
+    with pytest.raises(UserError, match=r"^experts: There is no setting 'x'\.$"):
+        planned(parse([f"data.root={data}", "studies=experts", "seeds=1"]))
 
 
 def test_upcycled_networks_need_the_static_ones(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,7 +44,7 @@ JOBS: dict[str, tuple[str, str, str | None]] = {
     "width_x_experts": (
         "condconv.experts=2 model.width=0.25,0.5",
         "experts-0_width-0.25 width-0.25_experts-2 experts-0_width-0.5 width-0.5_experts-2",
-        "model.width=0.25",
+        None,
     ),
     "routing": (
         "condconv.experts=2",
@@ -67,7 +67,7 @@ JOBS: dict[str, tuple[str, str, str | None]] = {
     "placement": (
         "condconv.experts=2",
         "experts-0 placement-from6 placement-all placement-blocks placement-classifier",
-        "condconv.placement=all",
+        None,
     ),
     "dropout": (
         "condconv.experts=2",
@@ -79,7 +79,7 @@ JOBS: dict[str, tuple[str, str, str | None]] = {
         "condconv.experts=2",
         "experts-0 routing-fc routing-softmax_temperature-0.1 routing-softmax_temperature-0.3 "
         "routing-softmax_temperature-1.0 routing-softmax_temperature-3.0 routing-softmax_temperature-10.0",
-        "hydra.sweeper.variants=[['condconv.routing=softmax','condconv.temperature=3.0']]",
+        None,
     ),
     "iso": ("condconv.experts=1", "experts-1 experts-0 experts-0_width experts-0_depth", None),
 }
