@@ -45,6 +45,24 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def averaged(checkpoint: Path) -> Path:
+    """The same run with a moving average, whose classifier has its classes in reverse order."""
+    content = torch.load(checkpoint, weights_only=True)
+    raw = {name.removeprefix("net."): value for name, value in content["state_dict"].items()}
+    reverse = {name: raw[name].flip(0) for name in ("classifier.weight", "classifier.bias")}
+    content["weight_average"] = {"state_dict": {**raw, **reverse}, "num_updates": 1, "decay": 0.9}
+    path = checkpoint.with_name("averaged.ckpt")
+    torch.save(content, path)
+    return path
+
+
+def probabilities(path: Path) -> dict[str, float]:
+    """Of the one image in a file of predictions."""
+    (row,) = json.loads(path.read_text())
+    return {each["class"]: each["probability"] for each in row["top"]}
+
+
 class Commands:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self.monkeypatch, self.capsys = monkeypatch, capsys
@@ -78,6 +96,47 @@ def test_our_own_formats_and_none_that_timm_lacks(checkpoint: Path, command: Com
     )
     code, _, err = command("export", f"ckpt={tmp_path / 'hub'}", "format=timm", f"out={tmp_path / 'new' / 't.pth'}")
     assert code == 1 and "timm has no efficientnet_cc_b0_2e" in err and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_the_moving_average_is_taken_if_it_is_wanted(
+    average: bool, checkpoint: Path, averaged: Path, command: Commands, tmp_path: Path
+) -> None:
+    content = torch.load(averaged, weights_only=True)
+    raw = {name.removeprefix("net."): value for name, value in content["state_dict"].items()}
+    expected = content["weight_average"]["state_dict"] if average else raw
+    read = read_weights(averaged, averaged=average)
+    out = tmp_path / "a.safetensors"
+    code, _, err = command("export", f"ckpt={averaged}", "format=safetensors", f"out={out}", f"average={average}")
+    assert code == 0, err
+    for weights in (read, read_weights(out)):
+        assert weights.card is not None and weights.card.averaged is average
+        assert weights.state.keys() == expected.keys()
+        assert all(torch.equal(weights.state[name], value) for name, value in expected.items())
+
+    image = tmp_path / "image.png"
+    Image.fromarray(torch.randint(0, 256, (40, 50, 3), dtype=torch.uint8).numpy()).save(image)
+    for path, name in ((averaged, "found"), (checkpoint, "of_raw")):
+        options = (f"images={image}", "top=3", f"out={tmp_path / name}.json", f"average={average}")
+        assert command("predict", f"ckpt={path}", *options)[0] == 0
+    found, of_raw = probabilities(tmp_path / "found.json"), probabilities(tmp_path / "of_raw.json")
+    assert of_raw["cat"] != pytest.approx(of_raw["owl"], rel=1e-3)
+    classes = ("owl", "dog", "cat") if average else ("cat", "dog", "owl")
+    assert [found[name] for name in ("cat", "dog", "owl")] == pytest.approx([of_raw[name] for name in classes])
+
+
+def test_the_moving_average_is_taken_without_being_asked_for(
+    checkpoint: Path, averaged: Path, command: Commands, tmp_path: Path
+) -> None:
+    expected = torch.load(averaged, weights_only=True)["weight_average"]["state_dict"]["classifier.weight"]
+    assert not torch.equal(expected, read_weights(checkpoint).state["classifier.weight"])
+    assert torch.equal(read_weights(averaged).state["classifier.weight"], expected)
+    assert torch.equal(create_model("efficientnet_b0", 3, 2, pretrained=averaged).classifier.weight, expected)
+    out = tmp_path / "a.safetensors"
+    assert command("export", f"ckpt={averaged}", "format=safetensors", f"out={out}")[0] == 0
+    assert torch.equal(read_weights(out).state["classifier.weight"], expected)
+    raw = read_weights(checkpoint, averaged=True)
+    assert raw.card is not None and not raw.card.averaged, "this run kept no average"
 
 
 def test_folders_with_dots_in_their_names_keep_their_exports_apart(

@@ -77,6 +77,48 @@ def test_the_top_experts_suffice_and_sums_are_kept_if_wanted(network: nn.Module)
     torch.testing.assert_close(kept, cut * 1.6 / 1.4)
 
 
+# As in LABELS, but two images are called what they are not: accuracy and agreement are different things.
+WRONG_LABELS = torch.tensor([1, 1, 2, 0, 1, 1, 2, 1])
+
+
+def evaluate_in(network: nn.Module, sizes: tuple[int, ...], *ablations: Ablation) -> list[AblationResult]:
+    """On the first images, in batches of these sizes."""
+    count = sum(sizes)
+    batches = zip(torch.eye(4)[LABELS[:count]].split(sizes), WRONG_LABELS[:count].split(sizes), strict=True)
+    return list(evaluate_ablations(network, list(batches), ablations, MEANS))
+
+
+def assert_same_results(found: list[AblationResult], expected: list[AblationResult]) -> None:
+    assert [result.name for result in found] == [result.name for result in expected]
+    for result, other in zip(found, expected, strict=True):
+        assert result.num_examples == other.num_examples
+        for figure in ("accuracy", "difference", "interval", "loss", "agreement"):
+            assert getattr(result, figure) == pytest.approx(getattr(other, figure)), (figure, result.name)
+
+
+@pytest.mark.parametrize("sizes", [(3, 3, 2), (4, 4)], ids=str)
+def test_batches_add_up(network: nn.Module, sizes: tuple[int, ...]) -> None:
+    changes = (Ablation(MEAN), Ablation(TOP, k=1), Ablation(REMOVED, expert=1))
+    whole = evaluate_in(network, (8,), *changes)
+    assert [(result.accuracy, result.agreement) for result in whole[:2]] == [(6 / 8, 1), (5 / 8, 4 / 8)]
+    assert whole[1].interval > 0 and whole[1].num_examples == 8
+    assert_same_results(evaluate_in(network, sizes, *changes), whole)
+
+
+def test_a_batch_of_one_image_is_left_out(network: nn.Module) -> None:
+    changes = (Ablation(SHUFFLED), Ablation(MEAN))
+    whole = evaluate_in(network, (7,), *changes)
+    assert whole[0].num_examples == 7
+    assert_same_results(evaluate_in(network, (7, 1), *changes), whole)
+
+
+def test_routing_is_shuffled_within_a_batch(network: nn.Module) -> None:
+    _, shuffled = evaluate_in(network, (4, 4), Ablation(SHUFFLED))
+    said = torch.cat([part.roll(1) for part in LABELS.split(4)])
+    assert shuffled.agreement == float((said == LABELS).float().mean()) == 2 / 8
+    assert shuffled.accuracy == float((said == WRONG_LABELS).float().mean())
+
+
 def test_networks_that_are_compiled_already_are_changed_too(network: nn.Module) -> None:
     """Dynamo does not look for hooks again: without them every change would look harmless."""
     expected = evaluate(network, Ablation(SHUFFLED), Ablation(MEAN))

@@ -326,14 +326,20 @@ BAD_ARGUMENTS = {
 }
 
 
+def zeros(layer: nn.Module, name: str) -> None:
+    nn.init.zeros_(layer.weight)
+
+
+@pytest.mark.parametrize("init", ["independent", zeros], ids=["independent", "function"])
 @pytest.mark.parametrize("case", BAD_ARGUMENTS)
-def test_bad_arguments_are_named_and_change_nothing(case: str) -> None:
+def test_bad_arguments_are_named_and_change_nothing(case: str, init: str | Callable[[nn.Module, str], None]) -> None:
     arguments, message = BAD_ARGUMENTS[case]
     net = SmallNet()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     with pytest.raises(ValueError, match=message):
-        convert(net, **{"num_experts": 2, **arguments})
-    assert list(before) == list(net.state_dict())
+        convert(net, **{"num_experts": 2, "init": init, **arguments})
+    after = net.state_dict()
+    assert list(before) == list(after) and all(torch.equal(before[name], after[name]) for name in before)
     assert not any(isinstance(m, CondConv2d | CondLinear | Router) for m in net.modules())
 
 

@@ -44,6 +44,7 @@ def test_a_survey_equals_everything_at_once(network: nn.Module) -> None:
         assert router.top_indices.tolist() == top.indices.T.tolist()
         torch.testing.assert_close(survey.sample_of(router.name), weights[:10], atol=1e-5, rtol=1e-4)
         assert router.classes.counts.tolist() == torch.bincount(labels, minlength=5).tolist()
+    assert torch.equal(survey.sample_labels, labels[:10])
     kept = {index for router in survey.routers for index in router.top_indices.flatten().tolist()}
     assert set(survey.thumbnails) == set(survey.labels) == kept and len(kept) < 23
     for index, picture in survey.thumbnails.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import time
 import warnings
 from functools import partial
@@ -21,6 +22,8 @@ from models.callbacks import (
     BestCheckpoint,
     EvaluationSpeed,
     FinalValidation,
+    FiniteLoss,
+    LastCheckpoint,
     ModelTable,
     RoutingStatistics,
     SavedConfig,
@@ -28,10 +31,13 @@ from models.callbacks import (
     final_figures,
 )
 from models.callbacks.display import EpochLines, progress_bar
+from models.callbacks.divergence import Diverged
+from models.checkpoint_files import save
 from models.classification import ClassificationModule
 from models.ema import WeightAverage
 from models.loggers import MetricsCsv, WandbRun, choose_mode, find_api_key
 from models.optim import build_optimizer
+from models.progress import BETWEEN_BATCHES
 
 
 class Net(nn.Module):
@@ -215,6 +221,74 @@ def test_the_first_steps_of_a_resumed_training_are_not_timed(monkeypatch: pytest
     alone.load_state_dict(third.state_dict())
     go_on(alone, 2)  # windows of nothing else: they have their lines
     assert recorder.metrics["speed/step_time_ms"][4:] == [10_000] * 2
+
+
+def test_writing_checkpoints_is_no_part_of_a_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Five seconds of a checkpoint before a step of one second."""
+    clock, recorder = SimpleNamespace(now=0.0), Recorder()
+    now = SimpleNamespace(perf_counter=lambda: clock.now, monotonic=lambda: clock.now)
+    for place in ("throughput", "checkpoints"):
+        monkeypatch.setattr(f"models.callbacks.{place}.time", now)
+
+    def write(trainer: Any, path: Path) -> None:
+        clock.now += 5
+
+    monkeypatch.setattr("models.callbacks.checkpoints.save", write)
+    speed, last = Throughput(every_n_steps=1, skip_steps=0), LastCheckpoint(tmp_path)
+    trainer: Any = SimpleNamespace(is_last_batch=False, world_size=1, global_step=0, callbacks=[last, speed])
+    part: Any = SimpleNamespace(loggers=[recorder], device=torch.device("cpu"), global_step=0)
+    speed.leave_out(5)  # before the training there is nothing to leave it out of
+    speed.on_train_start(trainer, part)
+    for wait_s in (0.0, 1.0):
+        last._save(trainer, BETWEEN_BATCHES)
+        clock.now += wait_s
+        speed.on_train_batch_start(trainer, part, None, 0)
+        clock.now += 1
+        speed.on_train_batch_end(trainer, part, None, [torch.zeros(4)], 0)
+    assert recorder.metrics["speed/step_time_ms"] == [1000, 2000]
+    assert recorder.metrics["speed/data_wait"] == [0, 0.5]
+    assert recorder.metrics["speed/images_per_second"] == [4, 2]
+
+
+class Guarded(SimpleNamespace):
+    """A trainer that may be asked to save after step 7, and does so if nobody objects."""
+
+    def __init__(self, model: pl.LightningModule) -> None:
+        self.saved: list[str] = []
+        strategy = SimpleNamespace(checkpoint_io=None, broadcast=lambda value: value)
+        super().__init__(
+            world_size=1, lightning_module=model, global_step=7, current_epoch=0, checkpoint_callbacks=[],
+            callbacks=[FiniteLoss()], strategy=strategy, save_checkpoint=self.saved.append,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("net", ", first in net.classifier.weight"),
+        ("buffer", ", first in net.seen"),
+        ("average", ""),  # the network's own weights are good
+    ],
+    ids=["net", "buffer", "average"],
+)
+def test_weights_that_are_not_finite_are_never_saved(place: str, name: str, value: float) -> None:
+    """The loss would tell of them only one step later."""
+    model = module()
+    model.net.register_buffer("seen", torch.zeros(2))
+    model.net.register_buffer("count", torch.zeros((), dtype=torch.int64))
+    model.weight_average = WeightAverage(model.net)
+    trainer: Any = Guarded(model)
+    save(trainer, "good.ckpt")
+    assert trainer.saved == ["good.ckpt"]
+    averages = model.weight_average.state_dict()["state_dict"]
+    bad = {"net": model.net.classifier.weight, "buffer": model.net.seen, "average": averages["first.weight"]}[place]
+    with torch.no_grad():
+        bad.view(-1)[-1] = value
+    said = f"The weights are NaN or infinite after step 7 (epoch 1, learning rate unknown){name}. Training stops."
+    with pytest.raises(Diverged, match=re.escape(said)):
+        save(trainer, "bad.ckpt")
+    assert trainer.saved == ["good.ckpt"]
 
 
 def test_evaluation_speed_counts_every_image_once() -> None:

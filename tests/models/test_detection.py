@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch import nn
 
 from models import create_detector
 from models.callbacks import DetectionFiles
+from models.callbacks.detections import _wandb_boxes
 from models.detection import DetectionModule
 from models.ema import WeightAverageCallback
 
@@ -111,6 +113,66 @@ def test_the_moving_average_is_evaluated_beside_the_raw_weights(tmp_path: Path) 
     assert sorted(path.name for path in files.folder.iterdir()) == ["val-epoch-001.png", "val-epoch-002.png"]
     fit.test(found, datamodule=Scenes(4, 4), verbose=False)
     assert (files.folder / "results.json").is_file() and (files.folder / "results-ema.json").is_file()
+
+
+FOUND = {
+    "boxes": torch.tensor([[1.0, 2.0, 30.0, 40.0], [5.0, 6.0, 7.0, 8.0]]),
+    "labels": torch.tensor([2, 0]),
+    "scores": torch.tensor([0.75, 0.25]),
+}
+
+
+def test_boxes_for_wandb() -> None:
+    wandb = pytest.importorskip("wandb")
+    truth = {"boxes": torch.tensor([[3.0, 4.0, 20.0, 50.0]]), "labels": torch.tensor([1])}
+    boxes = _wandb_boxes(FOUND, truth, ("red", "green", "blue"), min_score=0.5)
+    labels = {0: "red", 1: "green", 2: "blue"}
+    seen = {
+        "position": {"minX": 1.0, "minY": 2.0, "maxX": 30.0, "maxY": 40.0},
+        "domain": "pixel",
+        "class_id": 2,
+        "box_caption": "blue 0.75",
+        "scores": {"score": 0.75},
+    }
+    true = {"position": {"minX": 3.0, "minY": 4.0, "maxX": 20.0, "maxY": 50.0}, "domain": "pixel", "class_id": 1}
+    assert boxes == {
+        "predictions": {"box_data": [seen], "class_labels": labels},
+        "ground_truth": {"box_data": [true], "class_labels": labels},
+    }
+    wandb.Image(Image.new("RGB", (64, 64)), boxes=boxes)  # it checks them
+    both = _wandb_boxes(FOUND, truth, ("red", "green", "blue"), min_score=0.25)["predictions"]["box_data"]
+    assert [box["class_id"] for box in both] == [2, 0], "a score of min_score is shown"
+
+
+class PictureRecorder:
+    """A logger that takes pictures, as Lightning's of W&B."""
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[str, list[Image.Image], int, list[dict[str, Any]]]] = []
+
+    def log_image(self, key: str, images: list[Image.Image], step: int, boxes: list[dict[str, Any]]) -> None:
+        self.logged.append((key, images, step, boxes))
+
+
+def test_as_many_pictures_as_asked_for_go_to_loggers_that_take_them(tmp_path: Path) -> None:
+    wandb = pytest.importorskip("wandb")
+    recorder, data, files = PictureRecorder(), Scenes(8, 4), DetectionFiles(tmp_path, pictures=6, min_score=0.5)
+    options = {"is_global_zero": True, "current_epoch": 0, "global_step": 8, "datamodule": data}
+    run: Any = SimpleNamespace(loggers=[object(), recorder], **options)
+    found: Any = None
+    for run.sanity_checking in (True, False):
+        files.on_validation_start(run, found)
+        for index, batch in enumerate(data.val_dataloader()):
+            files.on_validation_batch_end(run, found, [FOUND] * 4, data.on_after_batch_transfer(batch, 0), index)
+        files.on_validation_end(run, found)
+    ((key, images, step, boxes),) = recorder.logged
+    assert (key, step, len(images), len(boxes)) == ("val/detections", 7, 6, 6)
+    for image, each, (_, target) in zip(images, boxes, data.scenes[:6], strict=True):
+        wandb.Image(image, boxes=each)
+        assert image.size == (64, 64) and len(each["predictions"]["box_data"]) == 1
+        true = each["ground_truth"]["box_data"]
+        assert [list(box["position"].values()) for box in true] == target["boxes"].tolist()
+        assert [box["class_id"] for box in true] == target["labels"].tolist()
 
 
 def test_bfloat16_autocast(tmp_path: Path) -> None:

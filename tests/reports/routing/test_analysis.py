@@ -17,6 +17,7 @@ from torch import nn
 from condconv.convert import convert
 from data.synthetic import SyntheticDataModule
 from reports.routing import RoutingAnalysis
+from reports.routing.figures import principal_components
 from reports.routing.images import Images, class_labels, thumbnails
 from reports.routing.page import summary
 
@@ -83,6 +84,28 @@ def test_everything_is_written_and_agrees(data: Any, tmp_path: Path) -> None:
     ablations = rows(folder / "ablations.csv")
     # Undisturbed; shuffled, mean, top 1 twice, three experts; by layer 2 x 3; each expert of two layers.
     assert len(ablations) == 1 + 7 + 6 + 6 and {row["images"] for row in ablations} == {"16"}
+    measured = analysis.measure(module.net.eval(), Images(data, None, 1, torch.device("cpu")), "again").ablations
+    columns = {"top1": "accuracy", "same_prediction": "agreement"}
+    columns |= {"difference": "difference", "interval_95": "interval", "loss": "loss"}
+    for row, result in zip(ablations, measured, strict=True):
+        assert row["change"] == ("undisturbed" if result.ablation is None else str(result.ablation))
+        for column, figure in columns.items():
+            assert float(row[column]) == pytest.approx(getattr(result, figure), rel=1e-4, abs=1e-6), (column, row)
+    assert any(result.accuracy != result.agreement != 1 for result in measured)
+
+
+@pytest.mark.parametrize("shape", [(40, 6), (3, 8), (20, 2), (5, 1)], ids=str)
+def test_principal_components_have_the_largest_variances(shape: tuple[int, int]) -> None:
+    weights = torch.rand(shape) * torch.linspace(1, 3, shape[1]) + 5
+    points, shares = principal_components(weights)
+    singular = torch.linalg.svdvals(weights.double() - weights.double().mean(0))
+    squares = torch.cat([singular**2, torch.zeros(1, dtype=torch.float64)])[:2]
+    assert points.shape == (shape[0], 2)
+    torch.testing.assert_close(torch.tensor(shares, dtype=torch.float64), squares / (singular**2).sum())
+    # Uncorrelated, each with the variance of its direction.
+    torch.testing.assert_close(points.T @ points, squares.diag(), atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(points.mean(0), torch.zeros(2, dtype=torch.float64))
+    assert torch.equal(principal_components(weights)[0], points)
 
 
 def test_the_images_are_a_seeded_sample_in_random_order(data: Any) -> None:
