@@ -270,7 +270,8 @@ def main(arguments: list[str] | None = None) -> None:
     report = Report("loader", "cpu", output_folder(args), render, args.fresh)
     with photos_on_disk(photos, copies) as (folders, shards):
         check(folders, shards)
-        print("gates passed: evaluation crops are timm's, decoders give equal batches")
+        alike = "decoders give equal batches" if len(installed()) > 1 else "of decoders there is one alone"
+        print(f"gates passed: evaluation crops are timm's, {alike}")
 
         def loaders(count: int) -> Row:
             return {

@@ -281,12 +281,20 @@ def test_two_sweeps_cannot_share_a_folder(commands: Commands, monkeypatch: pytes
     assert code == 1 and "Another process works on" in err and "Waiting for" in out
 
 
-def test_jobs_that_still_train_are_waited_for_and_named(commands: Commands) -> None:
+def test_jobs_that_still_train_are_waited_for_and_named(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = commands.outputs / "again"
     folder.mkdir(parents=True)
     lock = (folder / ".experts-1.lock").open("w")  # as a job of submitit holds it
     fcntl.flock(lock, fcntl.LOCK_EX)
-    threading.Timer(3.0, lock.close).start()
+    is_held = JobRun.is_held
+
+    def look(run: JobRun) -> bool:
+        found = is_held(run)
+        if found:  # it goes on for a while after the sweep has seen it
+            threading.Timer(1.0, lock.close).start()
+        return found
+
+    monkeypatch.setattr(JobRun, "is_held", look)
     code, out, err = commands.train("-m", *TINY, "condconv.experts=1,2", f"sweep_dir={folder}")
     assert code == 0 and lock.closed, err
     assert "waiting for jobs of an earlier start that still train: experts-1\n" in out
