@@ -77,13 +77,14 @@ def parameter_groups(
     if unknown:
         raise ValueError(f"Unknown parameter role(s) {', '.join(unknown)}; roles are {', '.join(ROLES)}.")
     coefficients = {role: 0.0 if role in no_decay else decay for role in ROLES} | overrides
-    if "router_bias" not in {*no_decay, *overrides}:
+    named = {*no_decay, *overrides}
+    if "router_bias" not in named:
         coefficients["router_bias"] = coefficients["bias"]
     negative = {role: value for role, value in coefficients.items() if value < 0}
     if negative:
         raise ValueError(f"Weight decay must be at least 0, got {negative}.")
     roles = parameter_roles(net)
-    if "router_bias" not in {*no_decay, *overrides, *apart}:
+    if "router_bias" not in named.union(apart):
         roles = {name: "bias" if role == "router_bias" else role for name, role in roles.items()}
     groups = []
     for role in ROLES:

@@ -209,9 +209,8 @@ def test_the_training_loss_is_an_epochs_not_a_batchs(tmp_path: Path) -> None:
     for experts in (0, 8):
         write_run(tmp_path, experts, 1, figures={"test/top1": 0.5, "train/loss": 9.9})
     row = compared(tmp_path).rows[1]
-    assert row.train is not None and row.train.mean == pytest.approx(
-        0.59, abs=0.06
-    )  # of the curve that write_run draws
+    assert row.train is not None
+    assert row.train.mean == pytest.approx(0.59, abs=0.06), "not the last mean of the curve that write_run draws"
     assert row.train_difference is not None and row.train_difference.mean == pytest.approx(0.0, abs=1e-9)
 
 
