@@ -35,6 +35,7 @@ TINY = (
     f"trainer.limit_train_batches={STEPS_PER_EPOCH}",
     "trainer.limit_val_batches=2",
     "trainer.limit_test_batches=1",
+    "data.eval_batch_size_per_device=8",
     "trainer.log_every_n_steps=1",
     "callbacks.summary=null",
     "callbacks.routing.max_batches=1",

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.forks
 
 # 13 scenes of evaluation: two processes do not divide them.
 SCENES = (
-    *(each for each in TINY if not each.startswith(("model", "trainer.limit_val", "trainer.limit_test"))),
+    *(each for each in TINY if not each.startswith(("model", "trainer.limit_val", "trainer.limit_test", "data."))),
     *("model=ssd_mobilenet_v1", "model.score_threshold=0", "data.image_size=64", "data.num_train=48"),
     *("data.num_val=13", "callbacks.detections.pictures=2"),
 )

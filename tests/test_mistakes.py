@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from commands import TINY, Commands
-
-ROOT = Path(__file__).resolve().parents[1]
 
 TRAIN_MISTAKES = {
     "unknown model": ("model=efficientnet_b1", "Did you mean 'efficientnet_b0'?", "mobilenet_v2"),
@@ -209,15 +204,8 @@ def test_eval_names_the_mistake(mistake: str, commands: Commands, tmp_path: Path
 
 
 @pytest.mark.parametrize("wanted", ["0", "1"])
-def test_a_traceback_for_who_wants_one(wanted: str, tmp_path: Path) -> None:
-    environment = {**os.environ, "HYDRA_FULL_ERROR": wanted}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), "condconv.experts=-1", f"paths.outputs={tmp_path}"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 1
-    assert "error: condconv.experts=-1" in done.stderr
-    assert ("Traceback" in done.stderr) == (wanted == "1"), done.stderr
+def test_a_traceback_for_who_wants_one(wanted: str, commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", wanted)
+    code, _, err = commands.train("condconv.experts=-1")
+    assert code == 1 and "error: condconv.experts=-1" in err
+    assert ("Traceback" in err) == (wanted == "1"), err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ pytestmark = pytest.mark.forks
 # No dropout: processes draw their own. SGD: Adam makes large steps of tiny gradients, rounding included. float64: this
 # untrained network normalises 1x1 maps over 12 images: rounding grows 100 times in each step, less at a small rate.
 # 359 evaluation images: neither 2 nor 3 divides them. ResNet: MobileNet convolves for 25 s in float64, not 2.
-LEFT_OUT = ("model=", "model.width", "model.drop", "condconv.dropout", "trainer.limit_val", "trainer.limit_test")
+LEFT_OUT = ("model", "data", "condconv.dropout", "trainer.limit_val", "trainer.limit_test")
 SAME = (
     *(each for each in TINY if not each.startswith(LEFT_OUT)),
     "model=resnet18",
     "model.width=0.125",
+    "model.depth=0.5",
     "model.drop_rate=0",
     "optim=sgd",
     "optim.lr=0.0001",
@@ -39,15 +41,23 @@ GLOBAL_BATCH = 12
 FIGURES = {f"{stage}/{name}" for stage in ("val", "val_ema", "test", "test_ema") for name in ("top1", "top5", "loss")}
 
 
+# Two processes also train, are killed and are evaluated in test_survival.py and test_detection_survival.py.
+SEVERAL = [pytest.param(2, marks=pytest.mark.slow), 3]
+
+
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    folders = {}
-    for ranks in (1, 2, 3):
-        folder = folders[ranks] = tmp_path_factory.mktemp(f"ranks{ranks}")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The folder of a training on so many processes, which is made when it is first asked for."""
+
+    @cache
+    def folder_of(ranks: int) -> Path:
+        folder = tmp_path_factory.mktemp(f"ranks{ranks}")
         overrides = [*SAME, f"data.batch_size_per_device={GLOBAL_BATCH // ranks}", f"paths.run={folder}"]
         codes = run(overrides, folder / "log", ranks, prepare)
         assert codes == [0] * ranks, "".join((folder / f"log.{rank}.log").read_text() for rank in range(ranks))
-    return folders
+        return folder
+
+    return folder_of
 
 
 def prepare(rank: int) -> None:
@@ -65,9 +75,9 @@ def checkpoint(folder: Path) -> dict[str, Any]:
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_the_same_weights(ranks: int, trained: dict[int, Path]) -> None:
-    one, several = checkpoint(trained[1]), checkpoint(trained[ranks])
+@pytest.mark.parametrize("ranks", SEVERAL)
+def test_the_same_weights(ranks: int, trained: Callable[[int], Path]) -> None:
+    one, several = checkpoint(trained(1)), checkpoint(trained(ranks))
     assert one["global_step"] == several["global_step"] == 8
     # How far the weights went says how large a difference is: a wrong order of images or other statistics give 1.
     start = compose_network()
@@ -92,10 +102,10 @@ def compose_network() -> dict[str, torch.Tensor]:
     return build_network(cfg.model, cfg.condconv, 10).state_dict()
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_every_image_is_evaluated_once(ranks: int, trained: dict[int, Path]) -> None:
+@pytest.mark.parametrize("ranks", SEVERAL)
+def test_every_image_is_evaluated_once(ranks: int, trained: Callable[[int], Path]) -> None:
     """Accuracy is a whole number of 359 images, and all figures are those of one process, in every epoch."""
-    wanted, found = figures_of(trained[1]), figures_of(trained[ranks])
+    wanted, found = figures_of(trained(1)), figures_of(trained(ranks))
     assert found.keys() == FIGURES
     for key, values in found.items():
         assert len(values) == (1 if key.startswith("test") else 2), key
@@ -125,18 +135,18 @@ def evaluating(out: Path, overrides: list[str]) -> Callable[[int], None]:
     return before
 
 
-def test_eval_gives_the_same_figures_on_any_number_of_processes(trained: dict[int, Path], tmp_path: Path) -> None:
-    weights = trained[1] / "checkpoints" / "last.ckpt"
+def test_eval_gives_the_same_figures_on_any_number_of_processes(trained: Callable[[int], Path], tmp_path: Path) -> None:
+    weights = trained(1) / "checkpoints" / "last.ckpt"
     figures = {}
-    for ranks in (1, 2, 3):
+    for ranks in (1, 3):
         overrides = [f"ckpt={weights}", f"trainer.devices={ranks}", "data.eval_batch_size_per_device=50"]
         out = tmp_path / str(ranks)
         codes = run([], tmp_path / f"log{ranks}", ranks, evaluating(out, overrides))
         assert codes == [0] * ranks, (tmp_path / f"log{ranks}.0.log").read_text()
         figures[ranks] = [json.loads(out.with_suffix(f".{rank}.json").read_text()) for rank in range(ranks)]
     wanted = figures[1][0]
-    assert wanted["top1"] == float(read_metrics(trained[1])[-1]["test/top1"])
-    for found in figures[2] + figures[3]:
+    assert wanted["top1"] == float(read_metrics(trained(1))[-1]["test/top1"])
+    for found in figures[3]:
         for key in ("top1", "top5", "ema/top1", "ema/top5"):
             assert found[key] == wanted[key]
         assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-6)

@@ -277,7 +277,6 @@ def test_nan_stops_before_a_good_checkpoint_is_replaced(every: int, step: int, t
     overrides = [*TINY, BATCH, NEVER, f"callbacks.finite.every_n_steps={every}", f"paths.run={tmp_path}"]
     assert run(overrides, tmp_path / "log", before=at_call("training_step", step, poison)) == [1]
     assert f"The loss is NaN or infinite at step {step} (epoch 2, learning rate " in said(tmp_path)
-    assert "unknown" not in said(tmp_path)
     for name in ("last.ckpt", "best.ckpt"):
         checkpoint = torch.load(tmp_path / "checkpoints" / name, weights_only=True)
         assert checkpoint["global_step"] == STEPS_PER_EPOCH

@@ -33,16 +33,17 @@ class FiniteLoss(StateGuard):
     def __init__(self, every_n_steps: int = 50) -> None:
         self.every_n_steps = every_n_steps
         self._first_bad: Tensor | None = None
-        self._rates: dict[int, float] = {}
+        self._steps: dict[int, str] = {}  # epoch and learning rate of each step since the last answer
         self._checked_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._first_bad = torch.full((), _NONE, dtype=torch.int64, device=pl_module.device)
-        self._rates.clear()
+        self._steps.clear()
         self._checked_step = trainer.global_step
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        self._rates[trainer.global_step + 1] = max(float(group["lr"]) for group in optimizer.param_groups)
+        rate = max(float(group["lr"]) for group in optimizer.param_groups)
+        self._steps[trainer.global_step + 1] = f"epoch {trainer.current_epoch + 1}, learning rate {rate:.3g}"
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -65,8 +66,8 @@ class FiniteLoss(StateGuard):
             step = trainer.global_step
             name = _first_bad_name(trainer.lightning_module)
             raise Diverged(
-                f"The weights are NaN or infinite after step {step} (epoch {trainer.current_epoch + 1}, learning rate "
-                f"{self._rate(step)}){f', first in {name}' if name else ''}. {_advice(trainer)}"
+                f"The weights are NaN or infinite after step {step}{self._when(step)}"
+                f"{f', first in {name}' if name else ''}. {_advice(trainer)}"
             )
 
     def _check_loss(self, trainer: Trainer) -> None:
@@ -74,15 +75,13 @@ class FiniteLoss(StateGuard):
             return
         first = _minimum(trainer, int(self._first_bad))
         if first != _NONE:
-            raise Diverged(
-                f"The loss is NaN or infinite at step {first} (epoch {trainer.current_epoch + 1}, learning rate "
-                f"{self._rate(first)}). {_advice(trainer)}"
-            )
+            raise Diverged(f"The loss is NaN or infinite at step {first}{self._when(first)}. {_advice(trainer)}")
         self._checked_step = trainer.global_step
-        self._rates = {step: rate for step, rate in self._rates.items() if step >= trainer.global_step}
+        self._steps = {step: words for step, words in self._steps.items() if step >= trainer.global_step}
 
-    def _rate(self, step: int) -> str:
-        return f"{self._rates[step]:.3g}" if step in self._rates else "unknown"
+    def _when(self, step: int) -> str:
+        """In brackets; the trainer may be in a later epoch by now. Nothing of steps before a resume."""
+        return f" ({self._steps[step]})" if step in self._steps else ""
 
 
 def all_finite(values: list[Tensor]) -> bool:

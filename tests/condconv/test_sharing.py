@@ -179,7 +179,10 @@ def test_checkpointing_inside_a_block_is_refused_not_wrong(blocks: str, layers: 
         y.sum().backward()
 
 
-@pytest.mark.parametrize(("routing", "backend"), [("fc", "aot_eager"), ("single", "eager"), ("hierarchical", "eager")])
+@pytest.mark.parametrize(
+    ("routing", "backend"),
+    [("single", "eager"), ("hierarchical", "eager"), pytest.param("fc", "aot_eager", marks=pytest.mark.slow)],
+)
 def test_compiles_once_for_all_batch_sizes(routing: str, backend: str) -> None:
     net = SmallNet()
     convert(net, EXPERTS, blocks="blocks.1.*", exclude="se", classifier="classifier", routing=routing)

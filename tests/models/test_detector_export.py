@@ -52,6 +52,7 @@ def test_the_function_gives_the_detectors_detections() -> None:
     assert (expected[1] > 0).any() and (expected[2] >= -1).all()
 
 
+@pytest.mark.slow
 def test_onnx(tmp_path: Path) -> None:
     net = detector()
     exported = export_onnx(net, tmp_path / "net.onnx", 64)

@@ -62,7 +62,7 @@ JOBS: dict[str, tuple[str, str, str | None]] = {
         "condconv.experts=2",
         "experts-0 layers-depthwise_classifier-false layers-pointwise_classifier-false "
         "layers-depthwise+pointwise_classifier-false placement-classifier",
-        "hydra.sweeper.only=['experts-0_seed-1','*+pointwise*']",
+        None,
     ),
     "placement": (
         "condconv.experts=2",
@@ -73,7 +73,7 @@ JOBS: dict[str, tuple[str, str, str | None]] = {
         "condconv.experts=2",
         "experts-0 dropout-0.0 dropout-0.1 dropout-0.2 dropout-0.4 expert_dropout-0.1 expert_dropout-0.2 "
         "expert_dropout-0.4",
-        "hydra.sweeper.variants=[['condconv.dropout=0.4'],['condconv.expert_dropout=0.4']]",
+        None,
     ),
     "temperature": (
         "condconv.experts=2",

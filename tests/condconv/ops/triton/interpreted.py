@@ -110,11 +110,12 @@ FUSED = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize(
+    ("dtype", "channels_last"), [(FP32, False), (BF16, True)], ids=["float32 nchw", "bfloat16 nhwc"]
+)
 @pytest.mark.parametrize(("kind", "module", "forward_options", "backward_options"), FUSED)
 def test_options(
-    kind: str, module: Any, forward_options: Any, backward_options: Any, channels_last: bool, dtype: torch.dtype
+    kind: str, module: Any, forward_options: Any, backward_options: Any, dtype: torch.dtype, channels_last: bool
 ) -> None:
     made = Case(batch=5, channels=17, out_channels=20, kernel=(1, 1), stride=(1, 2))
     if kind == "depthwise":
