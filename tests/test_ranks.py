@@ -152,7 +152,7 @@ def test_eval_gives_the_same_figures_on_any_number_of_processes(trained: Callabl
         assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-6)
 
 
-def test_averages_of_a_training_without_validation_are_those_that_are_saved(tmp_path: Path) -> None:
+def test_what_a_training_without_validation_tests_is_what_it_saves(tmp_path: Path) -> None:
     """Without synchronised BatchNorm every process has running statistics of its own; the first one's are saved."""
     folder = tmp_path / "run"
     own = [*(each for each in SAME if "examples" not in each), "callbacks.batchnorm.examples=null"]
@@ -171,6 +171,7 @@ def test_averages_of_a_training_without_validation_are_those_that_are_saved(tmp_
     found = json.loads(out.with_suffix(".0.json").read_text())
     tested = read_metrics(folder)[-1]
     assert found["ema/loss"] == pytest.approx(float(tested["test_ema/loss"]), rel=1e-6)
+    assert found["loss"] == pytest.approx(float(tested["test/loss"]), rel=1e-6)
     assert found["ema/loss"] != pytest.approx(found["loss"], rel=1e-6)
 
 
