@@ -154,8 +154,7 @@ def collapse(model: nn.Module, routing: Routing | Mapping[str, Routing]) -> Coll
     static = {layers[name]: replacement for name, replacement in replacements.items()}
     for name, layer in list(model.named_modules(remove_duplicate=False)):  # a layer may have several names
         if layer in static:
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, static[layer])
+            model.set_submodule(name, static[layer])
     return Collapse(report)
 
 

@@ -220,8 +220,7 @@ def _build_router(
 def _install(model: nn.Module, plan: UnitPlan, layers: dict[str, CondLayer], router: Router | None) -> nn.Module:
     """Put the new layers and the router in place; returns the module that is now the unit."""
     for name, layer in layers.items():
-        parent, _, attribute = plan.full_name(name).rpartition(".")
-        setattr(model.get_submodule(parent), attribute, layer)
+        model.set_submodule(plan.full_name(name), layer)
     module: nn.Module = layers[""] if plan.is_layer else plan.module
     if router is not None:
         owner, _, attribute = plan.router_name.rpartition(".")

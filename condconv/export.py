@@ -45,10 +45,9 @@ def export_form(model: nn.Module, form: str = "mixture") -> nn.Module:
     plain: dict[nn.Module, nn.Module] = {}
     for name, module in list(copied.named_modules(remove_duplicate=False)):  # a layer may have several names
         if isinstance(module, CondConv2d | CondLinear):
-            parent, _, attribute = name.rpartition(".")
             if module not in plain:
                 plain[module] = _plain(module, form)
-            setattr(copied.get_submodule(parent), attribute, plain[module])
+            copied.set_submodule(name, plain[module])
     for layer, replacement in plain.items():
         unit = getattr(layer, "routing_unit", None)
         if isinstance(unit, RoutingUnit):  # a lone layer whose hooks bring its routing weights
