@@ -89,8 +89,14 @@ def means(comparison: Comparison) -> Chart | None:
 
 
 def _cut(label: str) -> str:
-    """A label that fits beside a picture."""
-    return label if len(label) <= 27 else label[:26] + "…"
+    """A label that fits beside a picture: its end, since groups mostly share how their labels begin."""
+    if len(label) <= 27:
+        return label
+    parts = label.split(", ")
+    while len(parts) > 1 and len(", ".join(parts)) > 27:
+        parts = parts[1:]
+    kept = ", ".join(parts)
+    return f"… {kept}" if len(kept) <= 27 else "…" + kept[-26:]
 
 
 def _series(rows: Sequence[Row]) -> dict[str, list[tuple[int, Row]]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from run_folders import write_run, write_sweep
 
-from reports.charts import charts_of
+from reports.charts import _cut, charts_of
 from reports.colors import colors
 from reports.comparison import Metric, compare
 from reports.curves import mean_curve
@@ -68,6 +68,12 @@ def test_groups_without_experts_to_compare_show_their_means(tmp_path: Path) -> N
     found = charts(tmp_path)
     assert "means" in found and "effects" not in found and "experts" not in found
     assert [line[0] for line in found["means"].numbers] == ["lr 0.001", "lr 0.01"]
+
+
+def test_cut_labels_keep_what_tells_groups_apart() -> None:
+    assert _cut("8 experts, width 0.25") == "8 experts, width 0.25"
+    assert _cut("8 experts, router gain 0, init network, router 0") == "… init network, router 0"
+    assert _cut("8 experts, lr_factor_by_role.expert 0.5") == "…_factor_by_role.expert 0.5"
 
 
 def test_mean_curves_are_of_all_runs_or_not_drawn() -> None:
