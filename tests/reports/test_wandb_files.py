@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,13 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run.log({"epoch": 3, "test/top1": 0.4, "model/params": 1000, "speed/images_per_second": 50.0})
     run.summary.update({"result/seconds": 120.0, "result/peak_memory_mb": 900.0, "result/status": "finished"})
     run.finish()
-    return next(root.rglob("offline-run-*"))
+    folder = next(root.rglob("offline-run-*"))
+    deadline = time.monotonic() + 20
+    while (
+        why_not(read_run(folder)) and time.monotonic() < deadline
+    ):  # its own process writes the end later
+        time.sleep(0.05)
+    return folder
 
 
 def test_a_finished_run_counts(offline: Path) -> None:
@@ -55,8 +62,8 @@ def test_a_cut_log_is_a_run_that_did_not_finish(offline: Path, tmp_path: Path, s
 def test_a_resumed_run_is_one_run(offline: Path, tmp_path: Path) -> None:
     name = next(offline.glob("*.wandb")).name
     content = (offline / name).read_bytes()
-    for time, kept in (("1", len(content) // 2), ("2", len(content))):
-        part = tmp_path / f"offline-run-2026010{time}-abc"
+    for second, kept in (("1", len(content) // 2), ("2", len(content))):
+        part = tmp_path / f"offline-run-2026010{second}-abc"
         part.mkdir()
         (part / name).write_bytes(content[:kept])
     (run,) = [read_run(folder) for folder in find_folders([tmp_path])]
