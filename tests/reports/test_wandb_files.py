@@ -31,9 +31,7 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run.finish()
     folder = next(root.rglob("offline-run-*"))
     deadline = time.monotonic() + 20
-    while (
-        why_not(read_run(folder)) and time.monotonic() < deadline
-    ):  # its own process writes the end later
+    while why_not(read_run(folder)) and time.monotonic() < deadline:  # its own process writes the end later
         time.sleep(0.05)
     return folder
 
