@@ -222,7 +222,7 @@ def _install(model: nn.Module, plan: UnitPlan, layers: dict[str, CondLayer], rou
     for name, layer in layers.items():
         model.set_submodule(plan.full_name(name), layer)
     module: nn.Module = layers[""] if plan.is_layer else plan.module
-    if router is not None:
+    if router is not None:  # not by set_submodule, which refuses a layer's own `router` while that is None
         owner, _, attribute = plan.router_name.rpartition(".")
         setattr(module.get_submodule(owner), attribute, router)
     return module

@@ -92,8 +92,9 @@ class EpochSampler(DistributedSampler[int]):
 
     def order(self) -> list[int]:
         """All examples in the order of the present epoch, over all processes; a function of seed and epoch alone."""
-        # Not seed + epoch, as in torch's sampler: there, epoch 1 of one seed has the order of epoch 0 of the next.
-        generator = torch.Generator().manual_seed(example_seed(self.seed, self.epoch))
+        # Not seed + epoch, as in torch's sampler: there, epoch 1 of one seed has the order of epoch 0 of the next. And
+        # not (seed, epoch) nor an index: those are augmentation's.
+        generator = torch.Generator().manual_seed(example_seed(self.seed, self.epoch, -1))
         if self.blocks is None:
             return torch.randperm(len(self.dataset), generator=generator).tolist()
         ends = torch.tensor(self.blocks).cumsum(0).tolist()

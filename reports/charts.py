@@ -9,6 +9,9 @@ from reports.curves import learning_curves
 from reports.groups import EXPERTS, experts_label, show, sort_key
 from reports.svg import BOTTOM, RIGHT, TOP, WIDTH, Axis, Chart, Picture, axes, padded, tick_label
 
+LABEL = 33
+"""Characters that fit beside a picture."""
+
 
 def charts_of(comparison: Comparison) -> list[Chart]:
     """All charts for which there are numbers."""
@@ -46,7 +49,8 @@ def effects(comparison: Comparison) -> Chart | None:
         found = row.difference
         assert found is not None
         ends += [found.mean] + [end for end in (found.low, found.high) if end is not None]
-    line, left = 26, min(40 + 6.4 * max(len(row.label) for _, row in shown), 200)
+    names = _beside([row.label for _, row in shown])
+    line, left = 26, _room(names)
     height = TOP + line * len(shown) + BOTTOM
     unit = "points" if metric.is_share else metric.name
     x = Axis(f"difference in {metric.name} ({unit})", *padded(ends), left, WIDTH - RIGHT)
@@ -57,7 +61,7 @@ def effects(comparison: Comparison) -> Chart | None:
     for place, (i, row) in enumerate(reversed(shown)):
         found = row.difference
         assert found is not None
-        picture.text(left - 10, y(place) + 4, _cut(row.label), "name end")
+        picture.text(left - 10, y(place) + 4, names[row.label], "name end")
         if found.low is not None and found.high is not None:
             picture.bar(found.low, place, found.high, place, i, "interval")
         picture.dot(found.mean, place, i, f"{row.label}: {difference_text(metric, row)}", "dot", 5)
@@ -72,14 +76,15 @@ def effects(comparison: Comparison) -> Chart | None:
 def means(comparison: Comparison) -> Chart | None:
     """Mean and deviation of each group, for groups that have nothing to be compared with."""
     metric, rows = comparison.metric, comparison.rows
-    line, left = 26, min(40 + 6.4 * max(len(row.label) for row in rows), 200)
+    names = _beside([row.label for row in rows])
+    line, left = 26, _room(names)
     height = TOP + line * len(rows) + BOTTOM
     x = Axis(metric.title, *_spans(metric, rows), left, WIDTH - RIGHT)
     y = Axis("", -0.5, len(rows) - 0.5, height - BOTTOM, TOP, labels=[" "] * len(rows))
     picture = Picture(f"{metric.title} by group", x, y, height=height)
     picture.frame(grid_x=True)
     for place, (i, row) in enumerate(reversed(list(enumerate(rows)))):
-        picture.text(left - 10, y(place) + 4, _cut(row.label), "name end")
+        picture.text(left - 10, y(place) + 4, names[row.label], "name end")
         if row.value.sd is not None:
             picture.bar(row.value.mean - row.value.sd, place, row.value.mean + row.value.sd, place, i, "interval")
         picture.dot(row.value.mean, place, i, f"{row.label}: {value_text(metric, row)}", "dot", 5)
@@ -88,15 +93,34 @@ def means(comparison: Comparison) -> Chart | None:
     return Chart("means", "Means", caption, picture.svg(), ["group", metric.title], numbers)
 
 
-def _cut(label: str) -> str:
-    """A label that fits beside a picture: its end, since groups mostly share how their labels begin."""
-    if len(label) <= 27:
-        return label
-    parts = label.split(", ")
-    while len(parts) > 1 and len(", ".join(parts)) > 27:
-        parts = parts[1:]
-    kept = ", ".join(parts)
-    return f"… {kept}" if len(kept) <= 27 else "…" + kept[-26:]
+def _beside(labels: Sequence[str]) -> dict[str, str]:
+    """Labels that fit beside a picture, by the whole labels.
+
+    Where one is too long, all go without the parts that they share; one that is still too long keeps its first part and
+    as much of its end as fits.
+    """
+    parts = {label: label.split(", ") for label in labels}
+    if len(parts) > 1 and max(map(len, labels)) > LABEL:
+        shared = set.intersection(*map(set, parts.values()))
+        parts = {label: [part for part in each if part not in shared] or each for label, each in parts.items()}
+    return {label: _cut(each) for label, each in parts.items()}
+
+
+def _cut(parts: list[str]) -> str:
+    whole, first = ", ".join(parts), parts[0]
+    if len(whole) <= LABEL:
+        return whole
+    for begin in range(2, len(parts)):
+        kept = f"{first} … {', '.join(parts[begin:])}"
+        if len(kept) <= LABEL:
+            return kept
+    start = first if len(first) < LABEL // 2 else first[: LABEL // 3]
+    return f"{start}…{whole[len(start) + 1 - LABEL :]}"
+
+
+def _room(names: dict[str, str]) -> float:
+    """Pixels left of a picture for its labels."""
+    return min(40 + 6.4 * max(map(len, names.values())), 200)
 
 
 def _series(rows: Sequence[Row]) -> dict[str, list[tuple[int, Row]]]:
@@ -208,7 +232,8 @@ def _cost(comparison: Comparison, key: str, title: str, words: str) -> Chart | N
     shown = [(i, row, value) for i, row in enumerate(comparison.rows) if (value := getattr(row, key)) is not None]
     if len(shown) < 2:
         return None
-    line, left = 24, min(40 + 6.4 * max(len(row.label) for _, row, _ in shown), 200)
+    names = _beside([row.label for _, row, _ in shown])
+    line, left = 24, _room(names)
     height = TOP + line * len(shown) + BOTTOM
     x = Axis(words, 0, 1.4 * max(value.mean for _, _, value in shown), left, WIDTH - RIGHT)
     y = Axis("", -0.5, len(shown) - 0.5, height - BOTTOM, TOP, labels=[" "] * len(shown))
@@ -219,7 +244,7 @@ def _cost(comparison: Comparison, key: str, title: str, words: str) -> Chart | N
         ratio = row.ratio(key)
         beside = f" ({ratio:.2f} ×)" if ratio is not None else ""
         text = f"{tick_label(float(f'{value.mean:.3g}'), [])}{beside}"
-        picture.text(left - 10, y(place) + 4, _cut(row.label), "name end")
+        picture.text(left - 10, y(place) + 4, names[row.label], "name end")
         tip = f"{row.label}: {text}"
         width, top = x(value.mean) - left, y(place) - 7
         rectangle = '<rect class="amount c{}" data-g="{}" data-tip="{}" x="{}" y="{}" width="{}" height="14"/>'

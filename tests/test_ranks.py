@@ -41,7 +41,7 @@ GLOBAL_BATCH = 12
 FIGURES = {f"{stage}/{name}" for stage in ("val", "val_ema", "test", "test_ema") for name in ("top1", "top5", "loss")}
 
 
-# Two processes also train, are killed and are evaluated in test_survival.py and test_detection_survival.py.
+# Two processes also train, in test_survival.py and test_detection_survival.py.
 SEVERAL = [pytest.param(2, marks=pytest.mark.slow), 3]
 
 
@@ -135,18 +135,21 @@ def evaluating(out: Path, overrides: list[str]) -> Callable[[int], None]:
     return before
 
 
-def test_eval_gives_the_same_figures_on_any_number_of_processes(trained: Callable[[int], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", SEVERAL)
+def test_eval_gives_the_same_figures_on_any_number_of_processes(
+    ranks: int, trained: Callable[[int], Path], tmp_path: Path
+) -> None:
     weights = trained(1) / "checkpoints" / "last.ckpt"
     figures = {}
-    for ranks in (1, 3):
-        overrides = [f"ckpt={weights}", f"trainer.devices={ranks}", "data.eval_batch_size_per_device=50"]
-        out = tmp_path / str(ranks)
-        codes = run([], tmp_path / f"log{ranks}", ranks, evaluating(out, overrides))
-        assert codes == [0] * ranks, (tmp_path / f"log{ranks}.0.log").read_text()
-        figures[ranks] = [json.loads(out.with_suffix(f".{rank}.json").read_text()) for rank in range(ranks)]
+    for count in (1, ranks):
+        overrides = [f"ckpt={weights}", f"trainer.devices={count}", "data.eval_batch_size_per_device=50"]
+        out = tmp_path / str(count)
+        codes = run([], tmp_path / f"log{count}", count, evaluating(out, overrides))
+        assert codes == [0] * count, (tmp_path / f"log{count}.0.log").read_text()
+        figures[count] = [json.loads(out.with_suffix(f".{rank}.json").read_text()) for rank in range(count)]
     wanted = figures[1][0]
     assert wanted["top1"] == float(read_metrics(trained(1))[-1]["test/top1"])
-    for found in figures[3]:
+    for found in figures[ranks]:
         for key in ("top1", "top5", "ema/top1", "ema/top5"):
             assert found[key] == wanted[key]
         assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-6)

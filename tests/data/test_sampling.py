@@ -32,6 +32,14 @@ def test_global_batches_are_the_same_for_any_number_of_processes():
             assert together == set(alone[batch * global_batch : (batch + 1) * global_batch])
 
 
+def test_the_order_and_augmentation_draw_from_different_numbers():
+    """`data.in_memory` augments by (seed, epoch), the other data sets by (seed, epoch, index)."""
+    order = [index for _, index in keys(101, epoch=2, seed=3)]
+    for used in ((3, 2), *((3, 2, index) for index in range(101))):
+        generator = torch.Generator().manual_seed(example_seed(*used))
+        assert order != torch.randperm(101, generator=generator).tolist(), used
+
+
 @pytest.mark.parametrize("blocks", [None, [30, 20, 51]])
 def test_no_epoch_of_any_seed_has_the_order_of_another(blocks: list[int] | None):
     """Runs of neighbouring seeds, which the studies compare, are independent; in torch's sampler they share orders."""

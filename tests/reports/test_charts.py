@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from run_folders import write_run, write_sweep
 
-from reports.charts import _cut, charts_of
+from reports.charts import LABEL, _beside, charts_of
 from reports.colors import colors
 from reports.comparison import Metric, compare
 from reports.curves import mean_curve
@@ -70,10 +70,23 @@ def test_groups_without_experts_to_compare_show_their_means(tmp_path: Path) -> N
     assert [line[0] for line in found["means"].numbers] == ["lr 0.001", "lr 0.01"]
 
 
-def test_cut_labels_keep_what_tells_groups_apart() -> None:
-    assert _cut("8 experts, width 0.25") == "8 experts, width 0.25"
-    assert _cut("8 experts, router gain 0, init network, router 0") == "… init network, router 0"
-    assert _cut("8 experts, lr_factor_by_role.expert 0.5") == "…_factor_by_role.expert 0.5"
+def test_labels_beside_pictures_are_short_and_tell_groups_apart() -> None:
+    causes = (
+        "init independent",
+        "init network",
+        "init network, lr_factor_by_role.expert 0.5",
+        "init network, router 0",
+    )
+    for labels in (
+        [f"8 experts, router gain 1, init {each}" for each in causes],
+        ["static", *(f"{n} experts, routing hidden_medium" for n in (8, 16))],
+        [f"8 experts, {'very ' * 9}long {n}" for n in (1, 2)],
+    ):
+        beside = _beside(labels)
+        assert len({*beside.values()}) == len(labels) and max(map(len, beside.values())) <= LABEL, beside
+    assert _beside(["static", "8 experts"]) == {"static": "static", "8 experts": "8 experts"}
+    whole = "8 experts, router gain 0, init network, router 0"
+    assert _beside(["static", whole])[whole] == "8 experts … router 0"
 
 
 def test_mean_curves_are_of_all_runs_or_not_drawn() -> None:
