@@ -120,7 +120,7 @@ def _cut(parts: list[str]) -> str:
 
 def _room(names: dict[str, str]) -> float:
     """Pixels left of a picture for its labels."""
-    return min(40 + 6.4 * max(map(len, names.values())), 220)
+    return min(40 + 6.4 * max(map(len, names.values())), 236)
 
 
 def _series(rows: Sequence[Row]) -> dict[str, list[tuple[int, Row]]]:
