@@ -10,7 +10,6 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from condconv import compress_experts
-from condconv.complexity import complexity
 from configs.checks import check_classes, check_eval
 from configs.messages import run_as_command, run_job
 from configs.resolvers import register_resolvers
@@ -60,7 +59,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
             net.load_state_dict(state)
         trainer.test(module, datamodule=datamodule, verbose=False)
         figures |= {key.replace("test/", prefix): float(value) for key, value in trainer.callback_metrics.items()}
-    counted = complexity(net, datamodule.image_size)
+    counted = module.complexity(datamodule.image_size)
     figures |= {"params": counted.params, "madds": counted.madds, "images_per_second": speed.images_per_second}
     title, device = f"{saved.name} on {datamodule.name}", trainer.strategy.root_device
     if trainer.is_global_zero:

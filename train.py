@@ -61,7 +61,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     module.check_data(datamodule)
     callbacks = [c for c in instantiate(cfg.callbacks, _convert_="all").values() if c is not None]
     loggers = [logger for logger in instantiate(cfg.logger, _convert_="all").values() if logger is not None]
-    record = RunRecord(Path(cfg.paths.run), cfg.name, typed(), model_size(net, cfg.data.image_size))
+    record = RunRecord(Path(cfg.paths.run), cfg.name, typed(), model_size(module, cfg.data.image_size))
     callbacks += [SavedConfig(plain(cfg), record.note), FinalValidation()]
     with StopRequests(EXIT_REQUEUE, cfg.trainer.max_time) as requests:
         LastCheckpoint.obey(requests, callbacks)  # max_time: Lightning's timer would evaluate in the middle of an epoch

@@ -38,7 +38,7 @@ class RunRecord:
             seconds are kept.
         name: of the run.
         overrides: of the command line.
-        model: `model_size` of the network.
+        model: `model_size` of the module.
     """
 
     def __init__(
@@ -212,12 +212,10 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def model_size(network: Any, image_size: int) -> dict[str, int]:
-    """Parameters and MADDs of a network on square images, and of its static twin; empty if it cannot be counted."""
-    from condconv.complexity import complexity
-
+def model_size(module: Any, image_size: int) -> dict[str, int]:
+    """Parameters and MADDs of a module's network on square images, and of its static twin; empty if it cannot run."""
     try:
-        counted = complexity(network, image_size)
+        counted = module.complexity(image_size)
     except ValueError:
         return {}
     keys = ("params", "madds", "static_params", "static_madds")

@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from condconv.complexity import Complexity, complexity
 from models.ema import WeightAverage
 from models.optim import keep_settings
 from models.schedules import Schedule, StepSchedule
@@ -53,10 +54,21 @@ class NetworkModule(pl.LightningModule):
         self.schedule = schedule
         self.channels_last = channels_last
         self.weight_average: WeightAverage | None = None
+        self._counted: dict[int, Complexity] = {}
         if channels_last:
             net.to(memory_format=torch.channels_last)
         if compile:
             net.compile()
+
+    def complexity(self, image_size: int) -> Complexity:
+        """`condconv.complexity` of the network on square images, counted once: it takes as long as some steps do.
+
+        Raises:
+            ValueError: the network cannot run on such images.
+        """
+        if image_size not in self._counted:
+            self._counted[image_size] = complexity(self.net, image_size)
+        return self._counted[image_size]
 
     def check_data(self, data: Any) -> None:
         """Whether network and data belong together.

@@ -14,7 +14,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint, ProgressBar, RichProgre
 from rich.console import Console
 from rich.table import Table
 
-from condconv.complexity import Complexity, complexity, readable
+from condconv.complexity import Complexity, readable
 from models.callbacks.checkpoints import LastCheckpoint
 
 
@@ -35,7 +35,7 @@ class ModelTable(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        counted = complexity(pl_module.net, self.image_size)
+        counted = pl_module.complexity(self.image_size)
         print_model(counted, self.title, self.layers)
         if trainer.ckpt_path is not None:  # a resumed run has logged them
             return

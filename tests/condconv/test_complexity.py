@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.nn.functional as F
 from small_networks import SmallNet
 from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from condconv.complexity import complexity, readable
+from condconv.complexity import _SHAPES_STAY, complexity, readable
 from condconv.convert import convert
 from condconv.layers import CondConv2d, CondLinear
 
@@ -140,6 +144,26 @@ def test_the_network_is_left_as_it_was() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@pytest.mark.parametrize("func", sorted(_SHAPES_STAY, key=repr))
+def test_what_is_passed_over_keeps_shape_and_dtype(func: Callable[..., torch.Tensor]) -> None:
+    x = torch.rand(2, 3, 5)
+    statistics = (torch.zeros(3), torch.ones(3)) if func is F.batch_norm else ()
+    result = func(x, *statistics)
+    assert (result.shape, result.dtype) == (x.shape, x.dtype)
+
+
+def test_without_data_as_with_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(model: nn.Module) -> nn.Module:
+        raise RuntimeError("with data, please")
+
+    net = SmallNet()
+    convert(net, EXPERTS, blocks="blocks.1.*", classifier="classifier")
+    without = complexity(net, (3, 17, 11))
+    # The package has a function of the module's name.
+    monkeypatch.setattr(sys.modules[complexity.__module__], "_without_data", refuse)
+    assert complexity(net, (3, 17, 11)) == without
 
 
 def test_a_network_that_needs_true_data_is_run_on_its_device() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from condconv import CondConv2d
+from condconv.complexity import complexity
 from models.callbacks import (
     BestCheckpoint,
     EvaluationSpeed,
@@ -300,15 +301,22 @@ def test_evaluation_speed_counts_every_image_once() -> None:
     assert speed.images_per_second > 36 / (time.perf_counter() - start)
 
 
-def test_the_table_shows_and_logs_what_the_network_costs(capsys: pytest.CaptureFixture[str]) -> None:
-    recorder = Recorder()
-    fit(module(), ModelTable(8, title="small"), logger=recorder)
+def test_the_table_shows_and_logs_what_the_network_costs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+    monkeypatch.setattr("models.module.complexity", lambda net, size: counts.append(size) or complexity(net, size))
+    recorder, classifier = Recorder(), module()
+    before = classifier.complexity(8)
+    fit(classifier, ModelTable(8, title="small"), logger=recorder)
+    assert recorder.metrics["model/params"] == [before.params]
     params = sum(p.numel() for p in Net().parameters())
     assert recorder.metrics["model/params"] == [params]
     # 6 x 6 positions of 8 kernels of 27 weights, 3 experts mixed, router 3 -> 3, classifier 8 -> 4.
     assert recorder.metrics["model/madds"] == [36 * 216 + 3 * 224 + 9 + 32]
     assert recorder.metrics["model/static_madds"] == [36 * 216 + 32]
     shown = capsys.readouterr().out
+    assert counts == [8]  # an image of that size, once: result.json of a training takes the same figures
     assert "small, input 3x8x8" in shown and "classifier" in shown and "MADDs" in shown
     fit(module(), ModelTable(8, layers=True))
     assert "first.router" in capsys.readouterr().out
