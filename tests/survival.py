@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import multiprocessing
 import os
 import signal
@@ -10,6 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
@@ -50,10 +52,19 @@ def compose_train(*overrides: str) -> DictConfig:
         return compose("train", overrides=list(overrides))
 
 
+@cache
+def warm_up() -> None:
+    """What a training imports late is imported here, once, and the grammar of configs read: a quarter of its time."""
+    for name in ("data.digits", "models.callbacks.batchnorm", "sklearn.datasets", "torchvision.transforms.v2"):
+        importlib.import_module(name)
+    compose_train(*TINY)
+
+
 def start(
     overrides: Sequence[str], log: Path, ranks: int = 1, before: Callable[[int], None] | None = None
 ) -> list[ForkProcess]:
     """Training processes (gloo, if several); `before(rank)` runs first in each of them."""
+    warm_up()
     port = free_port()
     context = multiprocessing.get_context("fork")
     processes = [
