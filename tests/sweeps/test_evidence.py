@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from commands import Commands
 from PIL import Image
 
 from condconv.files import LAST, save_sealed
@@ -112,6 +114,11 @@ def test_a_dry_run_lists_the_jobs_and_starts_none(
     before = sorted(tmp_path.rglob("*"))
     words = [f"data.root={data}", f"runs={runs}", f"keep={kept}", "studies=experts", "seeds=1", "jobs=2", "--dry-run"]
     monkeypatch.setattr("sys.argv", ["evidence", *words])
+    here = Commands(tmp_path / "outputs", monkeypatch, capsys)  # a process that imports everything takes ten seconds
+    monkeypatch.setattr(
+        "sweeps.evidence.subprocess.run",
+        lambda command, **options: subprocess.CompletedProcess(command, *here.train(*command[2:])),
+    )
     monkeypatch.setattr("sweeps.evidence.planned", lambda evidence: plans.append(planned(evidence)) or plans[0])
     main()
     states = {0: "finished", 8: "unfinished", 4: "finished", 16: "new", 1: "new"}
