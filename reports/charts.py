@@ -9,7 +9,7 @@ from reports.curves import learning_curves
 from reports.groups import EXPERTS, experts_label, show, sort_key
 from reports.svg import BOTTOM, RIGHT, TOP, WIDTH, Axis, Chart, Picture, axes, padded, tick_label
 
-LABEL = 33
+LABEL = 31
 """Characters that fit beside a picture."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +34,7 @@ class Group:
         settings: dotted names and values, without what belongs to single runs.
         runs: those that count, by seed; never two of one seed.
         columns: the settings that tell this group from the others.
-        label: the columns in words.
+        label: the columns in words, but for values that most of the groups have.
     """
 
     settings: Settings
@@ -141,32 +141,49 @@ def sort_key(value: Any) -> tuple[int, float, str]:
 def name_groups(groups: Sequence[Group]) -> list[str]:
     """Give the groups their columns and labels; returns what also differs, but always together with a column."""
     columns, following = columns_of(groups)
+    usual = {key: value for key in columns if key != EXPERTS and (value := _usual(groups, key)) is not None}
     for group in groups:
         group.columns = {key: group.settings.get(key) for key in columns}
-        group.label = label_of(group)
+        group.label = label_of(group, usual)
     return following
+
+
+def _usual(groups: Sequence[Group], key: str) -> str | None:
+    """The value, as text, that most of the groups have which can have one, three at least; None if some have none."""
+    able = [group for group in groups if not (group.is_static and OF_EXPERTS.match(key))]
+    values = [_text(group.settings[key]) for group in able if key in group.settings]
+    if not values or len(values) < len(able):
+        return None
+    value = max(dict.fromkeys(values), key=values.count)
+    return value if values.count(value) > max(2, len(values) / 2) else None
 
 
 def columns_of(groups: Sequence[Group]) -> tuple[list[str], list[str]]:
     """(settings that tell all groups apart, the others that differ).
 
-    A setting is a column if it separates groups that those before it do not, or if somebody typed it for a run.
+    A setting is a column if it separates groups that those before it do not, or if somebody typed it for a run; of
+    settings that were typed together and separate the same groups one is enough.
     """
     keys = dict.fromkeys(key for group in groups for key in group.settings)
     values = {key: [_text(group.settings.get(key)) for group in groups] for key in keys}
     differing = [key for key in keys if len(set(values[key])) > 1]
-    typed = {str(o).lstrip("+~").split("=")[0] for g in groups for run in g.runs for o in _overrides(run)}
+    typed = [{str(o).lstrip("+~").split("=")[0] for run in group.runs for o in _overrides(run)} for group in groups]
+    where = {key: {number for number, names in enumerate(typed) if key in names} for key in differing}
 
     def rank(key: str) -> tuple[bool, bool, int, int]:
         room = next((i for i, each in enumerate(ROOMS) if key.startswith(each)), len(ROOMS))
-        return key != EXPERTS, key not in typed, room, key.count(".")
+        return key != EXPERTS, not where[key], room, key.count(".")
+
+    def says_as_much(key: str, column: str) -> bool:
+        together = not where[column] or bool(where[key] & where[column])  # else each is a change of its own
+        return together and _same_partition(values[key], values[column])
 
     columns: list[str] = []
     parts: list[tuple[str, ...]] = [() for _ in groups]
     for key in sorted(differing, key=rank):
         finer = [(*part, value) for part, value in zip(parts, values[key], strict=True)]
         separates = len(set(finer)) > len(set(parts))
-        if separates or (key in typed and not any(_same_partition(values[key], values[other]) for other in columns)):
+        if separates or (where[key] and not any(says_as_much(key, column) for column in columns)):
             columns.append(key)
             parts = finer
     # What a static network has no use for differs from nothing.
@@ -188,15 +205,15 @@ def _text(value: Any) -> str:
     return identity({"": value})
 
 
-def label_of(group: Group) -> str:
-    """The columns in words: "8 experts, width 0.5"; a group without columns is named by its number of experts."""
+def label_of(group: Group, usual: Mapping[str, str]) -> str:
+    """The columns in words, but for what most groups have: "8 experts, width 0.5"; in want of words the experts."""
     words = []
-    for key, value in (group.columns or {EXPERTS: group.experts}).items():
+    for key, value in group.columns.items():
         if key == EXPERTS:
             words.append(experts_label(value))
-        elif key in group.settings:  # a static network has no routing to name
+        elif key in group.settings and _text(value) != usual.get(key):  # a static network has no routing to name
             words.append(f"{short_name(key, group.columns)} {show(value)}")
-    return ", ".join(words) or "all runs"
+    return ", ".join(words) or experts_label(group.experts)
 
 
 def experts_label(experts: Any) -> str:

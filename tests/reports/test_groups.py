@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from run_folders import write_run, write_sweep
 
 from reports.comparison import Comparison, compare
 from reports.findings import findings
+from reports.groups import EXPERTS, OF_EXPERTS, Group, identity, name_groups
 from reports.runs import find_folders, read_run
 
 
@@ -147,6 +149,49 @@ def test_derived_settings_do_not_become_columns(tmp_path: Path) -> None:
     found = compared(tmp_path)
     assert found.columns == ["optim.lr"]
     assert found.following == ["optim.optimizer.lr"]
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_settings_typed_for_different_runs_are_all_columns(together: bool, tmp_path: Path) -> None:
+    """Epochs of one pair of runs and augmentation of the other are two changes; typed for both, they go together."""
+    first, second = {"data.augment": "autoaugment"}, {"trainer.max_epochs": 50}
+    if together:
+        first, second = {**first, "trainer.max_epochs": 8}, {**second, "data.augment": "none"}
+    for change in (first, second):
+        write_run(tmp_path, 0, 1, overrides=change)
+        write_run(tmp_path, 8, 1, overrides=change)
+    found = compared(tmp_path)
+    assert found.columns == ["condconv.experts", "data.augment", *([] if together else ["trainer.max_epochs"])]
+    assert "trainer.max_epochs" in found.following or not together
+    assert len({row.group.label for row in found.rows}) == 4
+
+
+def test_names_leave_out_what_most_groups_have(tmp_path: Path) -> None:
+    changes = ({}, {"condconv.router_gain": 0.0}, {"condconv.init": "independent"}, {"optim.lr": 0.5})
+    given = {"condconv.router_gain": 1.0, "condconv.init": "network", "optim.lr": 0.1}
+    write_run(tmp_path, 0, 1, overrides=given)
+    for change in changes:
+        write_run(tmp_path, 8, 1, overrides={**given, **change})
+    names = {row.group.label for row in compared(tmp_path).rows}
+    assert names == {
+        *("static", "8 experts", "8 experts, router gain 0", "8 experts, init independent", "8 experts, lr 0.5")
+    }
+
+
+def test_names_tell_all_groups_apart() -> None:
+    """Whatever differs, and whatever some of them lack."""
+    random = Random(5)
+    keys = ("condconv.routing", "model.width", "optim.optimizer.lr_factor_by_role.router", "data.augment")
+    for _ in range(300):
+        found = {}
+        for _ in range(random.randrange(2, 9)):
+            experts = random.choice((0, 8))
+            settings = {key: random.choice((1, 1, 2)) for key in keys if random.random() < 0.7}
+            settings = {k: v for k, v in settings.items() if experts or not OF_EXPERTS.match(k)} | {EXPERTS: experts}
+            found[identity(settings)] = Group(settings)
+        groups = list(found.values())
+        name_groups(groups)
+        assert len({group.label for group in groups}) == len(groups), [(g.label, g.settings) for g in groups]
 
 
 def test_static_runs_ignore_settings_of_the_experts(tmp_path: Path) -> None:
