@@ -53,7 +53,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same on two processes, with mixup."""
     folder = tmp_path_factory.mktemp("undisturbed_pair")
-    overrides = [*TINY, MIXUP, "data.batch_size_per_device=8", f"paths.run={folder}"]
+    overrides = [
+        *TINY,
+        MIXUP,
+        "data.batch_size_per_device=8",
+        "callbacks.batchnorm.examples=all",
+        f"paths.run={folder}",
+    ]
     assert run(overrides, folder / "log", ranks=2) == [0, 0], said(folder) + said(folder, 1)
     return folder
 
@@ -94,7 +100,7 @@ def rows(folder: Path) -> int:
 
 
 def test_two_processes_killed_and_resumed(undisturbed_pair: Path, tmp_path: Path) -> None:
-    overrides = [*TINY, MIXUP, "data.batch_size_per_device=8", OFTEN]
+    overrides = [*TINY, MIXUP, "data.batch_size_per_device=8", "callbacks.batchnorm.examples=all", OFTEN]
     killed(overrides, tmp_path, at_call("training_step", 7, kill), ranks=2)
     assert run([f"resume={tmp_path}"], tmp_path / "log", ranks=2) == [0, 0], said(tmp_path)
     assert_same_run(tmp_path, undisturbed_pair)
@@ -119,7 +125,7 @@ def test_random_kill_points(step: int, often: str, undisturbed: Path, tmp_path: 
 @pytest.mark.parametrize("step", random.Random(7).sample(range(2, EPOCHS * STEPS_PER_EPOCH + 1), 3))
 def test_random_kill_points_on_two_processes(step: int, rank: int, undisturbed_pair: Path, tmp_path: Path) -> None:
     """One process is killed, the other is left to fail in its exchange."""
-    overrides = [*TINY, MIXUP, "data.batch_size_per_device=8", OFTEN]
+    overrides = [*TINY, MIXUP, "data.batch_size_per_device=8", "callbacks.batchnorm.examples=all", OFTEN]
     killed(overrides, tmp_path, at_call("training_step", step, kill, rank), ranks=2)
     assert run([f"resume={tmp_path}"], tmp_path / "log", ranks=2) == [0, 0], said(tmp_path)
     assert_same_run(tmp_path, undisturbed_pair)
@@ -232,7 +238,7 @@ def test_a_signal_in_the_last_validation_stops_before_the_test(undisturbed: Path
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step(undisturbed_pair: Path, tmp_path: Path) -> None:
-    overrides = [*TINY, MIXUP, "data.batch_size_per_device=8", NEVER]
+    overrides = [*TINY, MIXUP, "data.batch_size_per_device=8", "callbacks.batchnorm.examples=all", NEVER]
     before = at_call("training_step", 5, send(signal.SIGTERM), rank=1)
     codes = run([*overrides, f"paths.run={tmp_path}"], tmp_path / "log", 2, before)
     assert codes == [EXIT_REQUEUE, 0], said(tmp_path) + said(tmp_path, 1)  # Lightning kills all if its children fail

@@ -154,6 +154,12 @@ def test_what_is_passed_over_keeps_shape_and_dtype(func: Callable[..., torch.Ten
     assert (result.shape, result.dtype) == (x.shape, x.dtype)
 
 
+def test_normalisation_of_other_channels_is_an_error() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(5), nn.ReLU())
+    with pytest.raises(ValueError, match="cannot run"):
+        complexity(net, 8)
+
+
 def test_without_data_as_with_data(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(model: nn.Module) -> nn.Module:
         raise RuntimeError("with data, please")
